@@ -1,0 +1,16 @@
+"""mlpreplace: compress transformers by replacing their MLP blocks with smaller fitted modules.
+
+Data flows one way: text → capture → fit → splice → evaluate → allocate → figure.
+"""
+
+from .allocate import allocate, narrow_widths
+from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
+from .capture import BlockStatistics, Sample, capture
+from .data import documents, load_windows
+from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
+from .fit import fit, fit_all
+from .models import Source, load_model, resolve_device
+from .replacements import Family, FitReport, Linear, LowRank, Mean, NarrowMLP, Replacement
+from .splice import load, save, sparsity, splice, spliced
+
+__version__ = "0.1.0"

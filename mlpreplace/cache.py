@@ -1,0 +1,118 @@
+"""Results that cost minutes are kept: safetensors files named by everything the result depends on.
+
+A key covers the arguments (weights and tokens by content), the code that computes (a function's module and what it
+imports from the package) and the library versions, so a hit is the result and a stale one cannot be met. Files appear
+whole or not at all; delete the folder at any time.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .assets import cache_dir
+
+PACKAGE = Path(__file__).parent
+
+
+@cache
+def code_hash(module: str) -> str:
+    """Hash of a module of this package and of every module of the package it imports, directly or not."""
+    todo, seen = [module], {}
+    while todo:
+        name = todo.pop()
+        path = PACKAGE / f"{name}.py"
+        if name in seen or not path.exists():
+            continue
+        seen[name] = path.read_bytes()
+        for node in ast.walk(ast.parse(seen[name])):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                todo += [node.module] if node.module else [alias.name for alias in node.names]
+    return xxhash.xxh3_128_hexdigest(b"\0".join(seen[name] for name in sorted(seen)))
+
+
+def fingerprint(*values) -> str:
+    """Hash of values by content: numbers, strings, containers, tensors, dataclasses and modules (parameters, buffers)."""
+    digest = xxhash.xxh3_128()
+    for value in values:
+        _update(digest, value)
+    return digest.hexdigest()
+
+
+def _update(digest, value) -> None:
+    digest.update(f"{type(value).__name__}:".encode())
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.numel() else b"")
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value))
+    elif isinstance(value, nn.Module):
+        _update(digest, getattr(getattr(value, "config", None), "to_dict", dict)())
+        for name, tensor in value.state_dict(keep_vars=True).items():
+            digest.update(name.encode())
+            _update(digest, tensor)
+    elif hasattr(value, "cache_key"):
+        _update(digest, value.cache_key())
+    elif is_dataclass(value):
+        _update(digest, {f.name: getattr(value, f.name) for f in fields(value)})
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _update(digest, key)
+            _update(digest, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _update(digest, item)
+    elif isinstance(value, (set, frozenset)):
+        _update(digest, sorted(value))
+    elif value is None or isinstance(value, (str, int, float, bool, torch.dtype)):
+        digest.update(repr(value).encode())
+    else:
+        raise TypeError(f"No fingerprint for a {type(value).__name__}.")
+    digest.update(b";")
+
+
+class Entry:
+    """One cached result: a dict of tensors in a file named by its key."""
+
+    def __init__(self, module: str, name: str, *key):
+        versions = torch.__version__, transformers.__version__
+        self.path = cache_dir() / "results" / f"{name}-{fingerprint(code_hash(module), versions, *key)}.safetensors"
+
+    def load(self) -> dict[str, Tensor] | None:
+        """The stored tensors, or None where there are none that are whole."""
+        try:
+            return load_file(self.path)
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store ``tensors``; on a full disk nothing is left behind and OSError says so."""
+        write_atomically(self.path, lambda path: save_file({k: t.contiguous() for k, t in tensors.items()}, path))
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call ``write(temporary path)`` and rename: ``path`` is the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        write(scratch)
+        scratch.chmod(0o644)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

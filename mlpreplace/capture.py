@@ -1,0 +1,261 @@
+"""One forward pass over calibration text: streaming moments and a small sample of input/output pairs per block.
+
+Moments are what the closed-form fits need. They are summed in float64, so that their size depends on the block and
+never on the number of tokens. Whole windows are sampled, not single tokens, so that a replacement which looks at
+earlier tokens can be fitted and tested on the same sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .blocks import Block
+from .cache import Entry
+from .data import check_windows
+
+MOMENTS = ("input", "hidden")
+SUMS = ("sum_x", "sum_y", "sum_h", "xx", "xy", "hh")
+
+
+@dataclass
+class Sample:
+    """Whole windows of input/output pairs of one block, in the block's dtype."""
+
+    x: Tensor  # [windows, seq_len, hidden] what enters the block (after its norm)
+    y: Tensor  # [windows, seq_len, hidden] what leaves it (before the residual add)
+    residual_energy: Tensor  # [windows, seq_len] squared norm of the residual stream that leaves the layer
+    mask: Tensor  # [windows, seq_len] True where a token is real, False where it is padding
+
+    @property
+    def tokens(self) -> int:
+        return int(self.mask.sum())
+
+
+@dataclass
+class BlockStatistics:
+    """Second moments of one block over the fitting tokens, in float64, uncentred, and its samples.
+
+    X, Y and H stack tokens as rows: H is what enters the output projection. A moment that was not asked for is None.
+    """
+
+    tokens: int = 0
+    sum_x: Tensor | None = None  # [hidden]
+    sum_y: Tensor | None = None  # [hidden]
+    sum_h: Tensor | None = None  # [intermediate]
+    xx: Tensor | None = None  # [hidden, hidden] XᵀX
+    xy: Tensor | None = None  # [hidden, hidden] XᵀY
+    hh: Tensor | None = None  # [intermediate, intermediate] HᵀH
+    train: Sample | None = None  # windows that are in the moments too
+    heldout: Sample | None = None  # windows that are in no moment
+    _parts: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    def require(self, moment: str) -> None:
+        """Raise ValueError unless ``moment`` was captured from at least two tokens."""
+        missing = (self.xx if moment == "input" else self.hh) is None
+        if missing:
+            raise ValueError(f"The {moment!r} moment was not captured: capture(..., moments=({moment!r}, ...)).")
+        if self.tokens < 2:
+            raise ValueError(f"A fit needs at least 2 tokens, the statistics hold {self.tokens}.")
+
+
+Statistics = dict[Block, BlockStatistics]
+
+
+def _add(total: Tensor | None, value: Tensor) -> Tensor:
+    """Sum in float64; the product of one batch is made in the precision of the activations."""
+    return value.double() if total is None else total.add_(value)
+
+
+def _tensor(value) -> Tensor:
+    """The hidden states among what a module returns: attention returns them first in a tuple."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+class _Collector:
+    """Hooks of one block. State of the running batch: which tokens count, and what has been seen so far."""
+
+    def __init__(self, statistics: BlockStatistics, moments: Collection[str]):
+        self.statistics, self.moments = statistics, moments
+        self.keep: Tensor | None = None  # [batch, seq_len] real tokens
+        self.part: str | None = "train"  # where this batch is sampled, None where it is not
+        self.in_moments = True
+        self.x: Tensor | None = None
+
+    def flat(self, hidden: Tensor) -> Tensor:
+        rows = hidden if self.keep is None else hidden[self.keep]
+        rows = rows.reshape(-1, hidden.shape[-1])  # [tokens, width]
+        return rows if rows.dtype == torch.float64 else rows.float()
+
+    def entry(self, module, args, kwargs) -> None:
+        self.x = args[0] if args else kwargs["hidden_states"]
+        if self.in_moments and "input" in self.moments:
+            x, s = self.flat(self.x), self.statistics
+            s.sum_x, s.xx = _add(s.sum_x, x.sum(0)), _add(s.xx, x.T @ x)
+
+    def hidden(self, module, args) -> None:
+        if self.in_moments:
+            h, s = self.flat(args[0]), self.statistics
+            s.sum_h, s.hh = _add(s.sum_h, h.sum(0)), _add(s.hh, h.T @ h)
+
+    def exit(self, module, args, output) -> None:
+        output, s = _tensor(output), self.statistics
+        if self.in_moments:
+            y = self.flat(output)
+            s.tokens += y.shape[0]
+            s.sum_y = _add(s.sum_y, y.sum(0))
+            if "input" in self.moments:
+                s.xy = _add(s.xy, self.flat(self.x).T @ y)
+        self.sample("x", self.x)
+        self.sample("y", output)
+        self.x = None
+
+    def layer(self, module, args, output) -> None:
+        if self.part:
+            self.sample("r", _tensor(output).float().square().sum(-1))
+
+    def sample(self, name: str, value: Tensor) -> None:
+        if self.part:
+            # copied: the layers after this one are free to write into the tensor
+            self.statistics._parts.setdefault(f"{self.part}.{name}", []).append(value.detach().clone())
+
+
+@contextmanager
+def _hooks(collectors: dict[Block, _Collector]):
+    with ExitStack() as stack:
+        for block, c in collectors.items():
+            first, last = block.modules[0], block.modules[-1]
+            handles = [
+                first.register_forward_pre_hook(c.entry, with_kwargs=True),
+                last.register_forward_hook(c.exit),
+                block.host.register_forward_hook(c.layer),
+            ]
+            if "hidden" in c.moments and block.has_neurons:
+                handles.append(block.down.register_forward_pre_hook(c.hidden))
+            for handle in handles:
+                stack.callback(handle.remove)
+        yield
+
+
+def capture(
+    model: nn.Module,
+    blocks: Iterable[Block],
+    windows: Tensor,
+    mask: Tensor | None = None,
+    *,
+    moments: Collection[str] = MOMENTS,
+    heldout_windows: int = 4,
+    sample_windows: int = 4,
+    batch_size: int = 4,
+    cached: bool = False,
+    progress: bool = True,
+) -> Statistics:
+    """Run ``windows`` through ``model`` once and collect what the fits of ``blocks`` need.
+
+    Args:
+        model: the dense model; it is put into eval mode for the pass and left as it was.
+        blocks: from :func:`~mlpreplace.blocks.find_blocks`; any number of them, one pass all the same.
+        windows: token ids [windows, seq_len].
+        mask: True (or 1) where a token is real, [windows, seq_len]; padding enters no moment and no error.
+        moments: "input" (XᵀX, XᵀY: Linear, LowRank) and "hidden" (HᵀH: NarrowMLP, the expensive one).
+        heldout_windows: that many last windows enter no moment and measure the held-out error of fits.
+        sample_windows: that many first windows are kept as input/output pairs.
+        batch_size: windows in one forward pass.
+        cached: keep the result on disk, and take it from there when model, windows, options and code are the same.
+
+    Returns:
+        {block: BlockStatistics}; memory does not depend on the number of windows.
+
+    Raises:
+        ValueError: unknown moment, no window left to fit on, a sequence longer than the model's context, or an
+            activation that is not finite (with the name of the block).
+    """
+    blocks = list(blocks)
+    check_windows(windows, model, mask)
+    unknown = set(moments) - set(MOMENTS)
+    if unknown:
+        raise ValueError(f"Unknown moments {sorted(unknown)}; expected some of {MOMENTS}.")
+    n_fit = len(windows) - heldout_windows
+    if n_fit < 1:
+        raise ValueError(f"{len(windows)} windows minus heldout_windows={heldout_windows} leave none to fit on.")
+    sample_windows = min(sample_windows, n_fit)
+    if cached:
+        options = set(moments), heldout_windows, sample_windows, batch_size
+        entry = Entry("capture", "capture", model, blocks, windows, mask, *options)
+        if (stored := entry.load()) is not None:
+            return _unflatten(blocks, stored)
+
+    statistics = {block: BlockStatistics() for block in blocks}
+    collectors = {block: _Collector(s, moments) for block, s in statistics.items()}
+    forward = _backbone(model)
+    device = next(model.parameters()).device
+    # sampled windows run in batches of their own, so that a batch is sampled whole or not at all
+    parts = [("train", 0, sample_windows), (None, sample_windows, n_fit), ("heldout", n_fit, len(windows))]
+    batches = [(p, i, min(i + batch_size, end)) for p, start, end in parts for i in range(start, end, batch_size)]
+
+    training = model.training
+    model.eval()
+    try:
+        with _hooks(collectors), torch.inference_mode():
+            for part, start, end in tqdm(batches, desc="capture", unit="batch", disable=not progress, leave=False):
+                ids = windows[start:end].to(device)
+                keep = None if mask is None else mask[start:end].to(device).bool()
+                for c in collectors.values():
+                    c.keep, c.part, c.in_moments = keep, part, part != "heldout"
+                forward(ids, keep)
+    finally:
+        model.train(training)
+    for block, s in statistics.items():
+        _finish(block, s, mask, {"train": (0, sample_windows), "heldout": (n_fit, len(windows))})
+    if cached:
+        entry.save(_flatten(statistics))
+    return statistics
+
+
+def _flatten(statistics: Statistics) -> dict[str, Tensor]:
+    """Every tensor under "block name/field" or "block name/sample/field"."""
+    flat = {}
+    for block, s in statistics.items():
+        flat[f"{block.name}/tokens"] = torch.tensor(s.tokens)
+        flat |= {f"{block.name}/{f}": getattr(s, f) for f in SUMS if getattr(s, f) is not None}
+        for part in ("train", "heldout"):
+            if (sample := getattr(s, part)) is not None:
+                flat |= {f"{block.name}/{part}/{f.name}": getattr(sample, f.name) for f in fields(Sample)}
+    return flat
+
+
+def _unflatten(blocks: list[Block], flat: dict[str, Tensor]) -> Statistics:
+    statistics = {}
+    for block in blocks:
+        found = {k.removeprefix(f"{block.name}/"): t.to(block.device) for k, t in flat.items() if k.startswith(f"{block.name}/")}
+        s = statistics[block] = BlockStatistics(tokens=int(found["tokens"]), **{f: found.get(f) for f in SUMS})
+        for part in ("train", "heldout"):
+            if f"{part}/x" in found:
+                setattr(s, part, Sample(**{f.name: found[f"{part}/{f.name}"] for f in fields(Sample)}))
+    return statistics
+
+
+def _backbone(model: nn.Module) -> Callable[[Tensor, Tensor | None], object]:
+    """The model without its LM head: no block depends on the logits, and they are the largest product of the pass."""
+    base = getattr(model, "base_model", model)
+    causal = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    return lambda ids, keep: base(ids, attention_mask=None if keep is None else keep.long(), **causal)
+
+
+def _finish(block: Block, s: BlockStatistics, mask: Tensor | None, spans: dict[str, tuple[int, int]]) -> None:
+    for part, (start, end) in spans.items():
+        if end > start:
+            x, y, r = (torch.cat(s._parts[f"{part}.{name}"]) for name in "xyr")
+            keep = torch.ones(r.shape, dtype=torch.bool) if mask is None else mask[start:end].bool()
+            setattr(s, part, Sample(x, y, r, keep.to(x.device)))
+    s._parts.clear()
+    tensors = [getattr(s, name) for name in SUMS]
+    if not all(torch.isfinite(t).all() for t in tensors if t is not None):
+        raise ValueError(
+            f"Activations of {block.name} are not finite: check the model (a half-precision overflow?) and the text."
+        )

