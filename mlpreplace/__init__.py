@@ -5,12 +5,12 @@ Data flows one way: text → capture → fit → splice → evaluate → allocat
 
 from .allocate import allocate, narrow_widths
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
-from .capture import BlockStatistics, Sample, capture
+from .capture import BlockStatistics, Sample, capture, merge
 from .data import documents, load_windows
 from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
-from .fit import fit, fit_all
+from .fit import fit, fit_all, report_rows
 from .models import Source, load_model, resolve_device
-from .replacements import Family, FitReport, Linear, LowRank, Mean, NarrowMLP, Replacement
+from .replacements import Family, FitReport, Linear, LowRank, Mean, NarrowMLP, Replacement, ladder
 from .splice import load, save, sparsity, splice, spliced
 
 __version__ = "0.1.0"

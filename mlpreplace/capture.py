@@ -217,6 +217,23 @@ def capture(
     return statistics
 
 
+def merge(first: Statistics, second: Statistics) -> Statistics:
+    """Statistics over the tokens of both, which must not overlap: sums add up, the samples are those of ``first``.
+
+    Raises ValueError when the two are not of the same blocks and moments.
+    """
+    if set(first) != set(second):
+        raise ValueError("The two statistics are of different blocks.")
+    merged = {}
+    for block, a in first.items():
+        b = second[block]
+        if any((getattr(a, name) is None) != (getattr(b, name) is None) for name in SUMS):
+            raise ValueError(f"The two statistics of {block.name} hold different moments.")
+        sums = {name: getattr(a, name) + getattr(b, name) for name in SUMS if getattr(a, name) is not None}
+        merged[block] = BlockStatistics(a.tokens + b.tokens, **sums, train=a.train, heldout=a.heldout)
+    return merged
+
+
 def _flatten(statistics: Statistics) -> dict[str, Tensor]:
     """Every tensor under "block name/field" or "block name/sample/field"."""
     flat = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from .assets import members, read_member
 
 SPLITS = {"calibration": 0.8, "validation": 0.1, "heldout": 0.1}  # share of documents
+
+HUB_DOCUMENTS = 50_000  # rows read of a streamed data set, which may be larger than any disk
 
 Document = tuple[str, str]  # id, text
 
@@ -53,7 +56,7 @@ def _files(path: Path) -> Iterator[Document]:
 
 
 def _hub(name: str) -> Iterator[Document]:
-    """A hub data set with a "text" column, streamed: "owner/name" or "owner/name:config"."""
+    """The first HUB_DOCUMENTS rows of a hub data set with a "text" column: "owner/name" or "owner/name:config"."""
     from datasets import load_dataset
 
     repo, _, config = name.partition(":")
@@ -64,7 +67,9 @@ def _hub(name: str) -> Iterator[Document]:
             f"Unknown text {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local file or folder, "
             f"nor a data set the hub could be asked for ({type(error).__name__}: {error})."
         ) from error
-    return ((str(number), row["text"]) for number, row in enumerate(rows))
+    if "text" not in (rows.column_names or ["text"]):
+        raise ValueError(f'{name}: expected a column "text", found {rows.column_names}.')
+    return ((str(n), row["text"]) for n, row in enumerate(islice(rows, HUB_DOCUMENTS)) if row["text"].strip())
 
 
 def documents(text: str) -> Iterator[Document]:

@@ -8,7 +8,8 @@ exactly), Linear and LowRank towards the mean output.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from functools import singledispatch
 
 import torch
@@ -166,3 +167,23 @@ def fit_all(
                 fitted[block].append(fit(block, stats, family, ridge=ridge))
                 bar.update()
     return fitted
+
+
+def report_rows(fitted: Mapping[Block, Iterable[Replacement]]) -> list[dict]:
+    """The fit reports as tidy records, one per block, replacement and sample ("train", "heldout")."""
+    rows = []
+    for block, replacements in fitted.items():
+        for r in replacements:
+            about = {
+                "layer": block.layer,
+                "family": type(r.family).__name__,
+                "label": str(r.family),
+                "n_params": r.n_params,
+                "share_of_block": r.n_params / block.n_params,
+                "tokens": r.report.tokens,
+                "fit_seconds": r.report.seconds,
+            }
+            for split in ("train", "heldout"):
+                if (errors := getattr(r.report, split)) is not None:
+                    rows.append({**about, "split": split, **asdict(errors)})
+    return rows

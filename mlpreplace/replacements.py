@@ -6,6 +6,7 @@ module for any block it fits. Notation: block input x ∈ R^d, MLP f(x) = W_down
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -135,6 +136,30 @@ class NarrowMLP(Family):
         weights = block.weights()
         _check_size("width", self.width, block.intermediate_size, block)
         return weights
+
+
+def ladder(block: Block, shares: Iterable[float], families: Iterable[type[Family]] | None = None) -> list[Family]:
+    """Every family at the sizes that keep ``shares`` of the block's parameters, as far as it takes them.
+
+    LowRank goes no further than rank d/2, where a Linear is as large; families without a size appear once.
+    """
+    shares, found = list(shares), []
+    for family in families or FAMILIES.values():
+        if family is NarrowMLP:
+            per_size, fixed, limit = _slope(NarrowMLP, block), 0, block.intermediate_size
+        elif family is LowRank:
+            per_size, fixed, limit = _slope(LowRank, block), block.hidden_size, block.hidden_size // 2
+        else:
+            found.append(family())
+            continue
+        sizes = {min(limit, max(1, round((share * block.n_params - fixed) / per_size))) for share in shares}
+        found += [family(size) for size in sorted(sizes)]
+    return found
+
+
+def _slope(family: type[Family], block: Block) -> int:
+    """Parameters of one more neuron or rank."""
+    return family(2).n_params(block) - family(1).n_params(block)
 
 
 def _check_size(name: str, value: int, limit: int, block: Block) -> None:

@@ -1,0 +1,96 @@
+"""What capture and sweeps cost, in ratios: each pair is timed interleaved in one process, since machines drift.
+
+make bench
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from . import NarrowMLP, capture, compare, find_blocks, fit, load_model, load_windows
+from .evaluate import _logits, _nll
+from .splice import spliced
+
+ROUNDS = 5
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each function in every round; the order turns from round to round, and a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for turn in range(rounds + 1):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            functions[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def show(title: str, seconds: Mapping[str, list[float]], base: str) -> None:
+    """Median seconds, and the median and range of the per-round ratio to ``base``."""
+    print(f"\n{title}")
+    for name, values in seconds.items():
+        ratios = [v / b for v, b in zip(values, seconds[base], strict=True)]
+        spread = f"×{statistics.median(ratios):.2f} (×{min(ratios):.2f}–×{max(ratios):.2f})"
+        print(f"  {name:<42} {statistics.median(values):7.2f} s   {spread}")
+
+
+def bench_capture(model, blocks, windows) -> None:
+    @torch.inference_mode()
+    def forward():
+        for start in range(0, len(windows), 4):
+            model(windows[start : start + 4], use_cache=False)
+
+    @torch.inference_mode()
+    def backbone():
+        for start in range(0, len(windows), 4):
+            model.base_model(windows[start : start + 4], use_cache=False)
+
+    def captured(*moments):
+        return lambda: capture(model, blocks, windows, moments=moments, heldout_windows=1, sample_windows=1, progress=False)
+
+    functions = {
+        "plain forward pass": forward,
+        "the same without the LM head": backbone,
+        "capture, d × d moments": captured("input"),
+        "capture, every moment": captured("input", "hidden"),
+    }
+    show(f"capture: {windows.numel():,} tokens, {len(blocks)} blocks", interleaved(functions), "plain forward pass")
+
+
+def bench_sweep(model, blocks, windows) -> None:
+    stats = capture(model, blocks, windows[:3], heldout_windows=1, progress=False)
+    width = NarrowMLP(blocks[0].intermediate_size // 2)
+    plans = {block.layer: {block: fit(block, stats, width)} for block in blocks}
+
+    @torch.inference_mode()
+    def naive():
+        _nll(_logits(model, windows), windows[:, 1:])
+        for plan in plans.values():
+            with spliced(model, plan):
+                _nll(_logits(model, windows), windows[:, 1:])
+
+    functions = {
+        "naive: every pass from the first layer": naive,
+        "compare: dense prefix shared": lambda: compare(model, plans, windows, kl=False, progress=False),
+    }
+    title = f"sweep: {len(plans)} single-block replacements, {windows.numel():,} tokens each"
+    show(title, interleaved(functions, rounds=2), "compare: dense prefix shared")
+
+
+def main() -> None:
+    model, tokenizer = load_model()
+    blocks = find_blocks(model)
+    windows = load_windows("bundled/wiki", tokenizer, n_windows=8)
+    print(f"{model.source.id}, {torch.get_num_threads()} threads, medians over interleaved rounds")
+    bench_capture(model, blocks, windows)
+    bench_sweep(model, blocks, windows[:4, :256])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Streaming moments against a float64 reference over stored activations, and what a capture leaves behind: nothing."""
+
+import pytest
+import torch
+from conftest import HIDDEN, INTERMEDIATE, READS_TOKENS, activations, build, capture_quietly, fail_after, random_windows
+from torch.testing import assert_close
+
+from mlpreplace import capture, find_blocks
+from mlpreplace.capture import SUMS
+
+
+def reference(model, block, windows, mask=None) -> dict[str, torch.Tensor]:
+    a = activations(model, block, windows, mask)
+    x, y = a["x"], a["y"]
+    sums = {"sum_x": x.sum(0), "sum_y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}
+    return sums | ({"sum_h": a["h"].sum(0), "hh": a["h"].T @ a["h"]} if "h" in a else {})
+
+
+def assert_moments(statistics, expected) -> None:
+    """float32 products of a batch, summed in float64: six digits of the largest entry."""
+    for name in SUMS:
+        got, want = getattr(statistics, name), expected.get(name)
+        assert (got is None) == (want is None), name
+        if want is not None:
+            assert got.dtype == torch.float64
+            assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item(), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def hooks_of(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def bytes_of(statistics) -> int:
+    flat = []
+    for s in statistics.values():
+        flat += [getattr(s, name) for name in SUMS]
+        flat += [t for part in (s.train, s.heldout) for t in vars(part).values()]
+    return sum(t.nbytes for t in flat)
+
+
+@pytest.mark.parametrize("name", READS_TOKENS)
+def test_moments_are_those_of_the_stored_activations(name):
+    """Also where a block is several modules (OPT, BERT) and where it has no neurons (Mixtral)."""
+    model, windows = build(name), random_windows()
+    blocks, statistics = capture_quietly(model, windows)
+    for block in blocks:
+        assert statistics[block].tokens == windows[:6].numel()
+        assert_moments(statistics[block], reference(model, block, windows[:6]))
+
+
+@pytest.mark.parametrize("name", READS_TOKENS)
+def test_samples_are_whole_windows(name):
+    model, windows = build(name), random_windows()
+    blocks, statistics = capture_quietly(model, windows)
+    for block in blocks:
+        for sample, part in ((statistics[block].train, windows[:2]), (statistics[block].heldout, windows[6:])):
+            a = activations(model, block, part)
+            assert sample.x.shape == sample.y.shape == (*part.shape, HIDDEN)
+            assert_close(sample.x.double().flatten(0, 1), a["x"], rtol=1e-4, atol=1e-4)
+            assert_close(sample.y.double().flatten(0, 1), a["y"], rtol=1e-4, atol=1e-4)
+            assert sample.tokens == part.numel()
+
+
+def test_attention_blocks_are_captured_from_their_keyword_arguments(llama, windows):
+    blocks, statistics = capture_quietly(llama, windows, kind="attention", moments=("input",))
+    for block in blocks:
+        assert_moments(statistics[block], reference_of_attention(llama, block, windows[:6]))
+
+
+def reference_of_attention(model, block, windows):
+    seen = {}
+    hook = block.modules[0].register_forward_hook(
+        lambda module, args, kwargs, output: seen.update(x=kwargs["hidden_states"], y=output[0]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(windows)
+    hook.remove()
+    x, y = (seen[name].double().flatten(0, 1) for name in "xy")
+    return {"sum_x": x.sum(0), "sum_y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}
+
+
+def test_the_residual_energy_is_that_of_the_layer_output(llama, windows):
+    blocks, statistics = capture_quietly(llama, windows)
+    with torch.no_grad():
+        hidden = llama(windows[:2], output_hidden_states=True).hidden_states
+    for block in blocks[:-1]:  # the last hidden state comes after the final norm
+        energy = hidden[block.layer + 1].square().sum(-1)
+        assert_close(statistics[block].train.residual_energy, energy, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_batch_size_changes_nothing(name, batch_size):
+    model, windows = build(name), random_windows()
+    blocks, statistics = capture_quietly(model, windows, batch_size=batch_size)
+    for block in blocks:
+        assert_moments(statistics[block], reference(model, block, windows[:6]))
+        assert len(statistics[block].train.x) == len(statistics[block].heldout.x) == 2
+
+
+def test_heldout_windows_are_in_no_moment(llama, windows):
+    blocks, statistics = capture_quietly(llama, windows)
+    changed = windows.clone()
+    changed[6:] = random_windows(2, seed=1)
+    _, again = capture_quietly(llama, changed)
+    for block in blocks:
+        assert all(torch.equal(getattr(statistics[block], name), getattr(again[block], name)) for name in SUMS)
+        assert not torch.equal(statistics[block].heldout.x, again[block].heldout.x)
+
+
+def right_padded(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of different lengths, and the mask of their real tokens."""
+    lengths = torch.tensor([windows.shape[1] - i % 5 for i in range(len(windows))])
+    mask = torch.arange(windows.shape[1]) < lengths[:, None]
+    return windows.masked_fill(~mask, 0), mask
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt"])
+def test_padding_is_in_no_moment(name):
+    model = build(name)
+    padded, mask = right_padded(random_windows())
+    blocks = find_blocks(model)
+    statistics = capture(model, blocks, padded, mask, heldout_windows=2, sample_windows=2, batch_size=3, progress=False)
+    for block in blocks:
+        assert statistics[block].tokens == int(mask[:6].sum()) < padded[:6].numel()
+        assert_moments(statistics[block], reference(model, block, padded[:6], mask[:6]))
+        assert torch.equal(statistics[block].train.mask, mask[:2])
+        assert statistics[block].heldout.tokens == int(mask[6:].sum())
+
+
+def test_what_stands_in_the_padding_does_not_matter(llama, windows):
+    padded, mask = right_padded(windows)
+    statistics = capture_quietly(llama, padded, mask=mask)[1]
+    again = capture_quietly(llama, padded.masked_fill(~mask, 7), mask=mask)[1]
+    for block, s in statistics.items():
+        for name in SUMS:
+            assert_close(getattr(s, name), getattr(again[block], name), rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(llama, windows):
+    llama.train()
+    llama.model.layers[1].eval()  # someone froze it
+    before = [m.training for m in llama.modules()]
+    capture_quietly(llama, windows)
+    assert [m.training for m in llama.modules()] == before
+    assert hooks_of(llama) == 0
+
+
+def test_an_exception_leaves_no_hook_and_the_training_mode(llama, windows, monkeypatch):
+    llama.train()
+    layer = llama.model.layers[2]
+    monkeypatch.setattr(layer, "forward", fail_after(1, layer.forward, RuntimeError("in the model")))
+    with pytest.raises(RuntimeError, match="in the model"):
+        capture_quietly(llama, windows, batch_size=2)
+    assert hooks_of(llama) == 0
+    assert llama.training
+
+
+def test_dropout_is_off_while_capturing(gpt2, windows):
+    """GPT-2 has dropout 0.1 in training mode."""
+    _, dense = capture_quietly(gpt2, windows)
+    _, training = capture_quietly(gpt2.train(), windows)
+    assert all(torch.equal(s.hh, training[block].hh) for block, s in dense.items())
+
+
+@pytest.mark.parametrize(
+    ("moments", "missing"),
+    [(("input",), {"sum_h", "hh"}), (("hidden",), {"sum_x", "xx", "xy"}), ((), {"sum_x", "xx", "xy", "sum_h", "hh"})],
+)
+def test_only_the_moments_asked_for_are_kept(moments, missing, llama, windows):
+    _, statistics = capture_quietly(llama, windows, moments=moments)
+    for s in statistics.values():
+        assert {name for name in SUMS if getattr(s, name) is None} == missing
+
+
+def test_memory_does_not_grow_with_the_text(llama):
+    few, many = (bytes_of(capture_quietly(llama, random_windows(n))[1]) for n in (8, 40))
+    assert few == many
+    moments = 8 * (2 * HIDDEN**2 + INTERMEDIATE**2 + 2 * HIDDEN + INTERMEDIATE)
+    assert few >= 3 * moments
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_the_block(value, llama, windows):
+    llama.model.layers[1].mlp.down_proj.weight.data[0, 0] = value
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp are not finite"):
+        capture_quietly(llama, windows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": random_windows(2)}, "leave none to fit on"),
+        ({"windows": random_windows(2, 65)}, "65 tokens are longer than the model's context of 64"),
+        ({"windows": random_windows().float()}, "Expected token ids"),
+        ({"windows": random_windows()[0]}, "Expected token ids"),
+        ({"windows": random_windows() + 100}, "outside the model's vocabulary of 101"),
+        ({"mask": torch.ones(8, 11)}, r"mask is \(8, 11\), the windows are \(8, 12\)"),
+        ({"moments": ("input", "third")}, "third"),
+    ],
+)
+def test_input_that_cannot_be_right(change, message, llama):
+    options = {"windows": random_windows()} | change
+    with pytest.raises(ValueError, match=message):
+        capture_quietly(llama, **options)
+    assert hooks_of(llama) == 0
+
+
+def test_blocks_of_another_model_are_refused(llama, windows):
+    """A forward pass of ``llama`` never runs them."""
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp"):
+        capture(llama, find_blocks(build("llama")), windows, progress=False)
+
+
+def forbid_forward(model, monkeypatch) -> None:
+    monkeypatch.setattr(model.base_model, "forward", fail_after(0, None, AssertionError("the model ran")))
+
+
+def assert_identical(statistics, again) -> None:
+    assert statistics.keys() == again.keys()
+    for block, s in statistics.items():
+        assert s.tokens == again[block].tokens
+        for name in SUMS:
+            first, second = getattr(s, name), getattr(again[block], name)
+            assert first is second is None or torch.equal(first, second)
+        for part in ("train", "heldout"):
+            for first, second in zip(vars(getattr(s, part)).values(), vars(getattr(again[block], part)).values(), strict=True):
+                assert torch.equal(first, second)
+                assert first.dtype == second.dtype
+
+
+@pytest.mark.parametrize("options", [{}, {"moments": ("input",)}])
+def test_a_cached_capture_is_the_capture_and_runs_no_model(options, llama, windows, results, monkeypatch):
+    _, plain = capture_quietly(llama, windows, **options)
+    _, first = capture_quietly(llama, windows, cached=True, **options)
+    forbid_forward(llama, monkeypatch)
+    _, second = capture_quietly(llama, windows, cached=True, **options)
+    assert_identical(plain, first)
+    assert_identical(plain, second)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["weights", "windows", "mask", "moments", "heldout_windows", "sample_windows"],
+)
+def test_a_cached_capture_is_not_used_for_something_else(change, llama, windows, results, monkeypatch):
+    capture_quietly(llama, windows, cached=True)
+    options = {
+        "mask": {"mask": torch.ones_like(windows)},
+        "moments": {"moments": ("input",)},
+        "heldout_windows": {"heldout_windows": 3},
+        "sample_windows": {"sample_windows": 1},
+    }.get(change, {})
+    if change == "weights":
+        llama.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    if change == "windows":
+        windows = random_windows(seed=1)
+    forbid_forward(llama, monkeypatch)
+    with pytest.raises(AssertionError, match="the model ran"):
+        capture_quietly(llama, windows, cached=True, **options)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+def test_a_damaged_cache_file_is_computed_anew(damage, llama, windows, results):
+    _, first = capture_quietly(llama, windows, cached=True)
+    (file,) = results.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": b"\xff" * 100}[damage])
+    _, again = capture_quietly(llama, windows, cached=True)
+    assert_identical(first, again)
+    assert file.read_bytes() == whole

@@ -1,0 +1,220 @@
+"""Token windows: which documents they come from, in which order, and what is said when there are too few."""
+
+import json
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import word_tokenizer
+
+from mlpreplace import documents, load_windows
+from mlpreplace.data import BUNDLED, SPLITS
+
+WORDS = 40  # different words of a document, each in no other
+DOCUMENTS = 120
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Word j of document i is token i · WORDS + j + 1, so that a token tells its document."""
+    return word_tokenizer(f"d{i}w{j}" for i in range(DOCUMENTS) for j in range(WORDS))
+
+
+def text_of(document: int, words: int = WORDS) -> str:
+    return " ".join(f"d{document}w{j % WORDS}" for j in range(words))
+
+
+def sources(windows: torch.Tensor) -> list[list[int]]:
+    """Documents of each window, in order of appearance."""
+    return [list(dict.fromkeys(((row - 1) // WORDS).tolist())) for row in windows]
+
+
+def write_jsonl(path, texts) -> str:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    return write_jsonl(tmp_path / "texts.jsonl", (text_of(i) for i in range(DOCUMENTS)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "texts" / "deeper").mkdir(parents=True)
+    for i in range(DOCUMENTS):
+        (tmp_path / "texts" / ("deeper" if i % 2 else "") / f"{i}.txt").write_text(text_of(i))
+    (tmp_path / "texts" / "README.md").write_text("not a text")
+    return str(tmp_path / "texts")
+
+
+@pytest.fixture(params=["jsonl", "folder"])
+def text(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_windows_are_token_ids(text, tokenizer):
+    windows = load_windows(text, tokenizer, seq_len=16, n_windows=5)
+    assert windows.shape == (5, 16)
+    assert windows.dtype == torch.int64
+    assert 1 <= windows.min() and windows.max() <= DOCUMENTS * WORDS
+
+
+def test_no_document_is_in_two_splits(text, tokenizer):
+    found = {}
+    for split in SPLITS:
+        windows = load_windows(text, tokenizer, split, seq_len=10, n_windows=12)
+        found[split] = {i for row in sources(windows) for i in row}
+    for a, b in combinations(SPLITS, 2):
+        assert not found[a] & found[b]
+
+
+def test_the_size_asked_for_moves_no_document(jsonl, tokenizer):
+    """All of calibration, however it is cut, stays out of all of held-out."""
+    heldout = {i for row in sources(load_windows(jsonl, tokenizer, "heldout", seq_len=4, n_windows=40)) for i in row}
+    for seq_len, n_windows in ((5, 300), (60, 50), (30, 1)):
+        calibration = load_windows(jsonl, tokenizer, "calibration", seq_len=seq_len, n_windows=n_windows)
+        assert not heldout & {i for row in sources(calibration) for i in row}
+
+
+@pytest.mark.parametrize("seq_len", [8, 30, 64])
+def test_fewer_windows_are_a_prefix_of_more(seq_len, text, tokenizer):
+    few, many = (load_windows(text, tokenizer, seq_len=seq_len, n_windows=n) for n in (4, 8))
+    assert torch.equal(few, many[:4])
+    assert len(torch.unique(many, dim=0)) == 8
+
+
+def test_windows_depend_on_the_documents_alone(tmp_path, tokenizer):
+    """Not on the order that the file system or the process gives."""
+    (tmp_path / "texts").mkdir()
+    for i in reversed(range(DOCUMENTS)):
+        (tmp_path / "texts" / f"{i}.txt").write_text(text_of(i))
+    first = load_windows(str(tmp_path / "texts"), tokenizer, seq_len=64, n_windows=20)
+    assert torch.equal(first, load_windows(str(tmp_path / "texts"), tokenizer, seq_len=64, n_windows=20))
+    assert sources(first) != sorted(sources(first))
+
+
+def test_short_documents_are_joined(jsonl, tokenizer):
+    windows = load_windows(jsonl, tokenizer, seq_len=100, n_windows=10)
+    assert all(len(row) >= 3 for row in sources(windows))
+    flat = windows.flatten()
+    starts = flat[(flat - 1) % WORDS == 0]
+    assert len(starts) == len(set(starts.tolist()))  # no document twice
+
+
+def test_a_few_windows_see_many_long_documents(tmp_path, tokenizer):
+    """Twenty documents of ten windows each: one window of each comes before the second of any, and at no fixed place."""
+    text = write_jsonl(tmp_path / "long.jsonl", (text_of(i) for i in range(20)))
+    windows = load_windows(text, tokenizer, seq_len=4, n_windows=100)
+    first = [row[0] for row in sources(windows)]
+    chosen = len(set(first))
+    assert chosen >= 12
+    assert len(set(first[:chosen])) == chosen
+    assert len(set(((windows[:chosen, 0] - 1) % WORDS).tolist())) > 3
+    assert len(torch.unique(windows, dim=0)) == 100
+
+
+def test_a_single_txt_file_is_one_document(tmp_path, tokenizer):
+    (tmp_path / "one.txt").write_text(text_of(0, 400))
+    assert len(list(documents(str(tmp_path / "one.txt")))) == 1
+    found = 0
+    for split in SPLITS:
+        try:
+            found += len(load_windows(str(tmp_path / "one.txt"), tokenizer, split, seq_len=10, n_windows=40))
+        except ValueError as error:
+            assert "in 0 documents" in str(error)
+    assert found == 40
+
+
+def test_documents_have_ids_of_their_own(text):
+    read = list(documents(text))
+    assert len(read) == len({identifier for identifier, _ in read}) == DOCUMENTS
+    assert sorted(content for _, content in read) == sorted(text_of(i) for i in range(DOCUMENTS))
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0c"])
+def test_a_line_separator_inside_a_json_string_ends_no_line(character, tmp_path):
+    text = write_jsonl(tmp_path / "texts.jsonl", [f"one{character}two", "three"])
+    assert [content for _, content in documents(text)] == [f"one{character}two", "three"]
+
+
+def test_empty_lines_are_no_documents(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two"}\n\n')
+    assert [content for _, content in documents(str(path))] == ["one", "two"]
+
+
+@pytest.mark.parametrize("line", ['{"content": "x"}', "not json", '"a text"', "[1, 2]"])
+def test_a_line_without_text_is_named(line, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"texts\.jsonl, line 2"):
+        list(documents(str(path)))
+
+
+def test_too_few_tokens_are_counted(jsonl, tokenizer):
+    with pytest.raises(ValueError, match=r"has \d+ heldout windows of 64 tokens in \d+ documents, 1000 were asked"):
+        load_windows(jsonl, tokenizer, "heldout", seq_len=64, n_windows=1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, "'test'.*calibration"),
+        ({"seq_len": 1}, "seq_len ≥ 2"),
+        ({"n_windows": 0}, "n_windows ≥ 1"),
+        ({"text": "bundled/novels"}, "'bundled/novels'.*bundled/wiki"),
+    ],
+)
+def test_a_request_that_cannot_be_right(options, message, jsonl, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        load_windows(**{"text": jsonl, "tokenizer": tokenizer, "n_windows": 2, "seq_len": 8} | options)
+
+
+def test_a_folder_without_texts(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="holds no .txt or .jsonl"):
+        load_windows(str(tmp_path), tokenizer)
+
+
+def test_an_unreachable_data_set_is_one_error(tokenizer, monkeypatch):
+    def offline(*args, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(ValueError, match=r"'owner/name'.*bundled/wiki.*no route to host"):
+        load_windows("owner/name", tokenizer)
+
+
+def test_a_data_set_is_read_by_its_configuration(tokenizer, monkeypatch):
+    def rows(name, configuration, split, streaming):
+        assert (name, configuration, split, streaming) == ("owner/name", "small", "train", True)
+        return [{"text": text_of(i), "other": i} for i in range(DOCUMENTS)]
+
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    assert load_windows("owner/name:small", tokenizer, seq_len=8, n_windows=3).shape == (3, 8)
+
+
+# the bundled texts
+
+
+def ngrams(windows: torch.Tensor, n: int) -> set[tuple[int, ...]]:
+    return {tuple(gram) for row in windows for gram in row.unfold(0, n, 1).tolist()}
+
+
+@pytest.mark.bundled
+@pytest.mark.parametrize("text", BUNDLED)
+def test_bundled_splits_do_not_leak(text, bundled):
+    """No 40 tokens in a row of held-out text are in calibration text (shorter ones may be a phrase that both use)."""
+    _, tokenizer = bundled
+    grams = [ngrams(load_windows(text, tokenizer, split, seq_len=256, n_windows=24), 40) for split in SPLITS]
+    assert all(len(g) > 5000 for g in grams)
+    for a, b in combinations(grams, 2):
+        assert not a & b
+
+
+@pytest.mark.bundled
+@pytest.mark.parametrize(("text", "least"), [("bundled/wiki", 9000), ("bundled/speeches", 200)])
+def test_bundled_documents(text, least):
+    read = list(documents(text))
+    assert len(read) == len({identifier for identifier, _ in read}) >= least
+    assert sum(len(content) for _, content in read) > 100 * len(read)

@@ -1,0 +1,144 @@
+"""The notebooks as a reader meets them: they run from the top, and what is committed belongs to the code beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from mlpreplace.provenance import code_cells_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+COMMON = {"PROFILE", "MODEL", "DEVICE", "SEED", "FIGURES"}
+PROVENANCE = {"notebook", "code_cells_sha256", "git", "parameters", "model", "device", "dtype", "packages", "wall_seconds"}
+
+spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
+run = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(run)
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def code_cells(path: Path) -> list:
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def check_figure(path: Path) -> dict:
+    figure = json.loads(path.read_text())
+    assert figure["claim"].endswith(".") and figure["rows"]
+    assert set(figure["provenance"]) >= PROVENANCE
+    assert path.with_suffix(".png").stat().st_size > 5000
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    return figure
+
+
+@every_notebook
+def test_layout(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert len(notebook.cells) <= 40
+    first = notebook.cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# .*\?\n", first.source), "the title is a question"
+    assert "Try your own" in "".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    code = "\n".join(c.source for c in code_cells(path))
+    assert not re.search(r"^\s*(class|def) |register_forward", code, re.MULTILINE)
+    assert "%watermark" in code
+    tagged = [c for c in code_cells(path) if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert set(papermill.inspect_notebook(str(path))) >= COMMON
+
+
+@every_notebook
+def test_committed_outputs(path):
+    cells = code_cells(path)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "run from the top: make notebooks"
+    kinds = {o.output_type for c in cells for o in c.outputs}
+    assert "error" not in kinds and "display_data" in kinds
+
+
+@every_notebook
+def test_committed_figures_are_of_this_code(path):
+    """A figure drawn by other cells than the ones beside it is stale: make notebooks."""
+    expected = code_cells_hash(path.read_text())
+    figures = sorted((ROOT / "figures").glob(f"{path.stem[:2]}_*.json"))
+    assert figures
+    for figure in figures:
+        provenance = check_figure(figure)["provenance"]
+        assert provenance["code_cells_sha256"] == expected, figure.name
+        assert provenance["git"]["dirty"] is False, figure.name
+        assert provenance["parameters"]["PROFILE"] == "cpu", figure.name
+
+
+@pytest.mark.notebooks
+@pytest.mark.bundled
+@every_notebook
+def test_smoke(path):
+    """make smoke, one notebook: the real model at its smallest size, figures in a folder of their own."""
+    committed = {p: p.read_bytes() for p in (ROOT / "figures").iterdir()}
+    command = [sys.executable, ROOT / "notebooks" / "run.py", "--profile", "smoke", "--only", path.stem]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    executed = ROOT / "executed" / "smoke" / path.name
+    assert all(c.execution_count for c in code_cells(executed))
+    drawn = sorted((ROOT / "executed" / "smoke" / "figures").glob(f"{path.stem[:2]}_*.json"))
+    names = {p.stem for p in (ROOT / "figures").glob(f"{path.stem[:2]}_*.json")}
+    assert {p.stem for p in drawn} == names
+    for figure in drawn:
+        assert check_figure(figure)["provenance"]["parameters"]["PROFILE"] == "smoke"
+    assert {p: p.read_bytes() for p in (ROOT / "figures").iterdir()} == committed, "smoke must not touch figures/"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "huge"], "Unknown profile 'huge'"),
+        (["--only", "77"], "No notebook matches"),
+        (["-p", "SEEED", "1"], "unknown parameters ['SEEED']"),
+        (["--publish", "-p", "SEED", "1"], "unchanged cpu profile only"),
+    ],
+)
+def test_bad_requests_run_nothing(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(run, "execute", lambda *a: pytest.fail("a notebook was started"))
+    assert run.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["02_single_block"].update(TOKENS=1), "unknown parameters ['TOKENS']"),
+        (lambda p: p["common"].update(TOKENS=1), "unknown parameters ['TOKENS']"),
+        (lambda p: p.pop("02_single_block"), "no section '02_single_block'"),
+    ],
+)
+def test_a_wrong_profile_is_an_error(change, message, capsys, monkeypatch):
+    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "smoke.yaml").read_text())
+    change(profile)
+    monkeypatch.setattr(run, "read_profile", lambda name: profile)
+    monkeypatch.setattr(run, "execute", lambda *a: pytest.fail("a notebook was started"))
+    assert run.main(["--profile", "smoke"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("profile", ["smoke", "gpu"])
+def test_profiles_name_real_parameters(profile, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "execute", lambda notebook, parameters, name: seen.append(parameters) or notebook)
+    assert run.main(["--profile", profile]) == 0
+    assert len(seen) == len(NOTEBOOKS)
+    assert all(p["PROFILE"] == profile and p["FIGURES"] != "figures" for p in seen)
+
+
+def test_a_changed_run_never_draws_over_committed_figures():
+    assert run.figures_folder("cpu", {}) is None
+    assert run.figures_folder("cpu", {"MODEL": "owner/name"}) == "figures/name"
+    assert run.figures_folder("cpu", {"SEED": 1}) == "executed/cpu/figures"
+    assert run.figures_folder("gpu", {}) == "figures/gpu"

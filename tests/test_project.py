@@ -1,0 +1,80 @@
+"""The files around the code agree with each other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONDA_NAMES = {"pytorch": "torch", "python-xxhash": "xxhash"}
+
+
+def requirements() -> dict[str, str]:
+    extras = PROJECT["optional-dependencies"]
+    listed = [*PROJECT["dependencies"], *extras["notebooks"], *extras["test"]]
+    return {r.name: str(r.specifier) for r in map(Requirement, listed)}
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split()]
+
+
+def test_environment_yml_is_in_step_with_pyproject():
+    found = [Requirement(d) for d in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]]
+    conda = {CONDA_NAMES.get(r.name, r.name): str(r.specifier) for r in found if r.name not in ("python", "make", "pip")}
+    assert conda == requirements()
+    python = next(r for r in found if r.name == "python")
+    assert str(python.specifier) == PROJECT["requires-python"]
+
+
+def test_constraints_pin_what_pyproject_asks_for():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {line.split("==")[0].lower(): line.split("==")[1] for line in lines if "==" in line}
+    for name, specifier in requirements().items():
+        assert pins[name] in Requirement(f"{name}{specifier}").specifier, name
+
+
+def test_tests_run_on_the_pinned_versions():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for name in ("torch", "transformers", "numpy"):
+        assert version(name).split("+")[0] == pins[name], f"{name}: run make setup"
+
+
+def test_every_asset_has_a_hash():
+    lines = [line for line in (ROOT / "assets.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines and all(re.fullmatch(r"[\w-]+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
+
+
+def test_no_path_of_one_machine_is_tracked():
+    for path in tracked_files():
+        if path.suffix in (".py", ".md", ".ipynb", ".yaml", ".yml", ".toml", ".txt", ".json", ""):
+            assert not re.search(r"/(root|home/\w+|tmp/\w+)/", path.read_text(errors="ignore")), path.name
+
+
+def test_make_help_names_every_target():
+    text = (ROOT / "Makefile").read_text()
+    phony = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE).group(1).split())
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(re.search(rf"^  {target}\s", shown, re.MULTILINE) for target in phony)
+
+
+def test_make_refuses_an_old_python(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = (3, 10); $2"\n')
+    old.chmod(0o755)
+    command = ["make", "setup", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "Python 3.11 or newer is needed" in done.stderr
+    assert not (tmp_path / "venv").exists()

@@ -1,0 +1,297 @@
+"""Replacements in and out of a model: nothing changes that should not, and what is saved comes back bit for bit."""
+
+import json
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import CAUSAL, INTERMEDIATE, build, capture_quietly, random_windows, save_locally
+from torch.testing import assert_close
+
+from mlpreplace import Linear, LowRank, Mean, NarrowMLP, fit, load, load_model, save, sparsity, splice, spliced
+from mlpreplace.splice import replacements_of
+
+splice_module = import_module("mlpreplace.splice")  # the package's attribute of that name is the function
+FAMILIES = [Mean(), Linear(), LowRank(4), NarrowMLP(24)]
+
+
+def logits(model, windows) -> torch.Tensor:
+    with torch.no_grad():
+        return model(windows).logits
+
+
+def modules_of(model) -> dict[str, torch.nn.Module]:
+    return dict(model.named_modules())
+
+
+def plan_for(model, family=None, **options):
+    blocks, stats = capture_quietly(model, random_windows(), **options)
+    return {b: fit(b, stats, family or NarrowMLP(24)) for b in blocks}
+
+
+@pytest.fixture
+def plan(llama):
+    return plan_for(llama)
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name != "mixtral"])
+def test_full_width_everywhere_is_the_dense_model(name, windows):
+    model = build(name)
+    dense = logits(model, windows)
+    with spliced(model, plan_for(model, NarrowMLP(INTERMEDIATE))):
+        assert_close(logits(model, windows), dense, rtol=0, atol=1e-3)
+
+
+def test_full_width_everywhere_is_the_dense_encoder(windows):
+    model = build("bert")
+    dense = logits(model, windows)
+    with spliced(model, plan_for(model, NarrowMLP(INTERMEDIATE))):
+        assert_close(logits(model, windows), dense, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert", "mixtral"])
+def test_a_replacement_is_what_the_layer_runs(name, family, windows):
+    """The output of the replaced block's last module is the replacement's output for the block's input."""
+    if name == "mixtral" and family == NarrowMLP(24):
+        family = LowRank(8)
+    model = build(name)
+    plan = plan_for(model, family)
+    block, small = list(plan.items())[1]
+    dense, seen = logits(model, windows), {}
+    with spliced(model, {block: small}):
+        small.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
+        model.get_submodule(block.paths[-1]).register_forward_hook(lambda module, args, output: seen.update(last=output))
+        changed = logits(model, windows)
+    assert torch.equal(seen["last"], small.body(seen["x"]))
+    assert (changed - dense).abs().max() > 1e-2
+    assert torch.equal(logits(model, windows), dense)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_exact_modules_return(name, windows):
+    model = build(name)
+    plan, before = plan_for(model, Mean()), modules_of(model)
+    with spliced(model, plan) as inside:
+        assert inside is model
+        assert all(model.get_submodule(b.name) is r for b, r in plan.items())
+    after = modules_of(model)
+    assert before.keys() == after.keys()
+    assert all(after[path] is module for path, module in before.items())
+
+
+def test_the_exact_modules_return_after_an_exception(llama, plan):
+    before = modules_of(llama)
+    with pytest.raises(RuntimeError, match="inside"), spliced(llama, plan):
+        raise RuntimeError("inside")
+    assert all(module is before[path] for path, module in modules_of(llama).items())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_contexts_nest(name, windows):
+    """An inner plan may replace again what an outer one replaced."""
+    model = build(name)
+    outer, inner = plan_for(model), plan_for(model, Linear())
+    block = list(inner)[1]
+    before = modules_of(model)
+    with spliced(model, outer):
+        alone = logits(model, windows)
+        with spliced(model, {block: inner[block]}):
+            assert model.get_submodule(block.name) is inner[block]
+        assert model.get_submodule(block.name) is outer[block]
+        assert torch.equal(logits(model, windows), alone)
+    assert all(module is before[path] for path, module in modules_of(model).items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma"])
+def test_splice_leaves_the_dense_model_alone(name, windows):
+    model = build(name)
+    plan, dense, before = plan_for(model), logits(model, windows), modules_of(model)
+    compressed = splice(model, plan)
+    assert all(module is before[path] for path, module in modules_of(model).items())
+    assert torch.equal(logits(model, windows), dense)
+    with spliced(model, plan):
+        assert torch.equal(logits(compressed, windows), logits(model, windows))
+    removed = sum(b.n_params - r.n_params for b, r in plan.items())
+    assert sum(p.numel() for p in compressed.parameters()) == sum(p.numel() for p in model.parameters()) - removed
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_splice_shares_untouched_weights(tied):
+    model = build("llama", tie_word_embeddings=tied)
+    plan = plan_for(model)
+    del plan[list(plan)[0]]
+    compressed = splice(model, plan)
+    own, theirs = dict(model.named_parameters()), dict(compressed.named_parameters())
+    shared = own.keys() & theirs.keys()
+    assert any(".layers.0.mlp." in name for name in shared)
+    assert not any(".layers.1.mlp." in name for name in shared)
+    assert all(own[name].data_ptr() == theirs[name].data_ptr() for name in shared)
+    assert (compressed.lm_head.weight is compressed.model.embed_tokens.weight) == tied
+
+
+def another_depth():
+    return build("llama", num_hidden_layers=2)
+
+
+def another_architecture():
+    return build("gpt2")
+
+
+def another_size():
+    return build("llama", hidden_size=64)
+
+
+@pytest.mark.parametrize("other", [another_depth, another_architecture, another_size])
+def test_a_plan_for_another_model_changes_nothing(other, plan):
+    model = other()
+    before = modules_of(model)
+    for act in (splice, lambda model, plan: spliced(model, plan).__enter__()):
+        with pytest.raises(ValueError):
+            act(model, plan)
+        assert all(module is before[path] for path, module in modules_of(model).items())
+
+
+def test_a_replacement_for_another_block_is_refused(llama, plan):
+    first, second = list(plan)[:2]
+    with pytest.raises(ValueError, match=r"for model\.layers\.0\.mlp was fitted to model\.layers\.1\.mlp"), spliced(
+        llama, {first: plan[second]}
+    ):
+        pass
+
+
+def test_only_mlp_blocks_can_be_replaced(llama):
+    """An attention module is called with other arguments and returns a tuple."""
+    blocks, stats = capture_quietly(llama, random_windows(), kind="attention", moments=("input",))
+    before = modules_of(llama)
+    plan = {blocks[1]: fit(blocks[1], stats, Linear())}
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn"), spliced(llama, plan):
+        pass
+    assert all(module is before[path] for path, module in modules_of(llama).items())
+
+
+def test_sparsity_by_hand(llama, plan):
+    """3 layers: MLP 3·32·48, attention 4·32²; two blocks narrowed to 24 neurons, one replaced by its mean."""
+    dense = 3 * (3 * 32 * 48 + 4 * 32 * 32)
+    blocks = list(plan)
+    mixed = dict(plan) | {blocks[2]: plan_for(llama, Mean())[blocks[2]]}
+    removed = 2 * (3 * 32 * 24) + (3 * 32 * 48 - 32)
+    assert sparsity(llama, mixed) == pytest.approx(removed / dense)
+    assert sparsity(llama, {}) == 0
+
+
+def test_what_a_replacement_adds_counts_against_it():
+    model = build("llama", intermediate_size=8)
+    block, small = next(iter(plan_for(model, Linear()).items()))
+    assert small.n_params == 32 * 32 + 32 > block.n_params == 3 * 32 * 8
+    assert sparsity(model, {block: small}) < 0
+
+
+# saving and loading
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with the tiny Llama."""
+    return save_locally(build("llama"), tmp_path / "base")
+
+
+@pytest.fixture
+def compressed(base):
+    """The model of that folder with one block per family replaced."""
+    model, _ = load_model(base, device="cpu")
+    families = [Linear(), LowRank(4), NarrowMLP(24)]
+    blocks, stats = capture_quietly(model, random_windows())
+    return splice(model, {b: fit(b, stats, family) for b, family in zip(blocks, families, strict=True)})
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_and_loaded_logits_are_the_same_bit_for_bit(name, family, tmp_path, windows):
+    model, _ = load_model(save_locally(build(name), tmp_path / "base"), device="cpu")
+    compressed = splice(model, plan_for(model, family))
+    again = load(save(compressed, tmp_path / "out"), device="cpu")
+    assert torch.equal(logits(again, windows), logits(compressed, windows))
+    assert again.source == model.source
+
+
+def test_the_precision_is_saved(base, tmp_path, windows):
+    model, _ = load_model(base, device="cpu", dtype=torch.bfloat16)
+    compressed = splice(model, plan_for(model))
+    again = load(save(compressed, tmp_path / "out"), device="cpu")
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(again, windows), logits(compressed, windows))
+
+
+def test_reports_and_families_come_back(compressed, tmp_path):
+    again = load(save(compressed, tmp_path / "out"), device="cpu")
+    before, after = (replacements_of(m) for m in (compressed, again))
+    assert len(before) == 3
+    assert {n: (r.family, r.report) for n, r in before.items()} == {n: (r.family, r.report) for n, r in after.items()}
+
+
+def test_only_what_was_replaced_is_written(compressed, tmp_path):
+    folder = save(compressed, tmp_path / "deep" / "out")
+    assert sorted(f.name for f in folder.iterdir()) == ["replacements.json", "replacements.safetensors"]
+    weights = sum(4 * r.n_params for r in replacements_of(compressed).values())
+    assert weights < (folder / "replacements.safetensors").stat().st_size < weights + 4096
+
+
+def test_a_model_still_in_the_context_can_be_saved(base, tmp_path, windows):
+    model, _ = load_model(base, device="cpu")
+    with spliced(model, plan_for(model)):
+        folder, inside = save(model, tmp_path / "out"), logits(model, windows)
+    assert torch.equal(logits(load(folder, device="cpu"), windows), inside)
+
+
+def test_save_never_overwrites(compressed, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="out exists"):
+        save(compressed, tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_save_needs_something_to_save(base, tmp_path):
+    model, _ = load_model(base, device="cpu")
+    with pytest.raises(ValueError, match="nothing to save"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_needs_to_know_the_base(llama, plan, tmp_path):
+    with pytest.raises(ValueError, match="source is not known"):
+        save(splice(llama, plan), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_left_when_saving_fails(compressed, tmp_path, monkeypatch):
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(splice_module, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        save(compressed, tmp_path / "parent" / "out")
+    assert not any((tmp_path / "parent").iterdir())
+
+
+def test_load_refuses_another_base(base, compressed, tmp_path):
+    folder = save(compressed, tmp_path / "out")
+    changed = build("llama", seed=1)
+    changed.save_pretrained(base)
+    with pytest.raises(ValueError, match="base model differs"):
+        load(folder, device="cpu")
+
+
+def test_load_refuses_a_folder_without_replacements(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no replacements\.json"):
+        load(tmp_path)
+
+
+def test_load_refuses_an_unknown_family(compressed, tmp_path):
+    folder = save(compressed, tmp_path / "out")
+    record = json.loads((folder / "replacements.json").read_text())
+    next(iter(record["replacements"].values()))["family"] = "Cubic"
+    (folder / "replacements.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="Unknown family 'Cubic'"):
+        load(folder, device="cpu")
