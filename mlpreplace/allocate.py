@@ -31,7 +31,13 @@ def narrow_widths(block: Block, steps: int = 16) -> list[NarrowMLP]:
 
 
 def local_damage(candidates: Candidates) -> dict[Block, list[float]]:
-    """Held-out error energy over the residual stream's energy, per token: no forward pass is needed."""
+    """Held-out error energy over the residual stream's energy, per token: no forward pass is needed.
+
+    Raises ValueError where the statistics had no held-out windows.
+    """
+    for block, fitted in candidates.items():
+        if any(r.report is None or r.report.heldout is None for r in fitted):
+            raise ValueError(f"{block.name}: no held-out error to allocate by. Use capture(..., heldout_windows=4) or more.")
     return {block: [r.report.heldout.damage for r in fitted] for block, fitted in candidates.items()}
 
 
@@ -98,8 +104,9 @@ def knapsack(savings: Mapping[Block, Sequence[int]], damages: Damages, target: f
     rows = {block: n for n, block in enumerate(savings)}
     one_each = csr_array((np.ones(len(items)), ([rows[b] for b, _ in items], range(len(items)))), shape=(len(rows), len(items)))
     saving = np.array([[savings[b][i] for b, i in items]], dtype=float)
+    cost = np.array([damages[b][i] for b, i in items])
     result = milp(
-        c=np.array([damages[b][i] for b, i in items]),
+        c=cost / max(cost.max(), np.finfo(float).tiny),  # the solver's own gap is absolute
         constraints=[LinearConstraint(one_each, ub=1), LinearConstraint(saving / max(target, 1), lb=target / max(target, 1))],
         integrality=np.ones(len(items)),
         bounds=Bounds(0, 1),
@@ -120,7 +127,7 @@ def _uniform(model: nn.Module, stats: Statistics, target: float, family: type[Fa
     elif family is LowRank:
         most = blocks[0].n_params - LowRank(1).n_params(blocks[0])
         n = min(len(blocks), max(1, int(np.ceil(target / most))))
-        chosen = [blocks[round(i)] for i in np.linspace(0, len(blocks) - 1, n + 2)[1:-1]]
+        chosen = [blocks[(2 * i + 1) * len(blocks) // (2 * n)] for i in range(n)]  # the middles of n equal parts
         sizes = range(blocks[0].hidden_size // 2, 0, -1)
     else:
         raise ValueError(f"strategy='uniform' takes NarrowMLP or LowRank, got {family.__name__}.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from . import NarrowMLP, capture, compare, find_blocks, fit, load_model, load_windows
-from .evaluate import _logits, _nll
+from .evaluate import log_probabilities
 from .splice import spliced
 
 ROUNDS = 5
@@ -70,10 +70,10 @@ def bench_sweep(model, blocks, windows) -> None:
 
     @torch.inference_mode()
     def naive():
-        _nll(_logits(model, windows), windows[:, 1:])
+        log_probabilities(model, windows)
         for plan in plans.values():
             with spliced(model, plan):
-                _nll(_logits(model, windows), windows[:, 1:])
+                log_probabilities(model, windows)
 
     functions = {
         "naive: every pass from the first layer": naive,

@@ -56,7 +56,7 @@ def _update(digest, value) -> None:
     digest.update(f"{type(value).__name__}:".encode())
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy() if value.numel() else b"")
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else b"")
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(np.ascontiguousarray(value))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .blocks import Block
 from .cache import Entry
 from .data import check_windows
+from .models import eval_mode
 
 MOMENTS = ("input", "hidden")
 SUMS = ("sum_x", "sum_y", "sum_h", "xx", "xy", "hh")
@@ -85,7 +86,12 @@ class _Collector:
         self.keep: Tensor | None = None  # [batch, seq_len] real tokens
         self.part: str | None = "train"  # where this batch is sampled, None where it is not
         self.in_moments = True
+        self.shape: torch.Size | None = None  # [batch, seq_len]
         self.x: Tensor | None = None
+
+    def windows(self, hidden: Tensor) -> Tensor:
+        """[batch, seq_len, width], also where a layer flattens its tokens (OPT)."""
+        return hidden.reshape(*self.shape, hidden.shape[-1])
 
     def flat(self, hidden: Tensor) -> Tensor:
         rows = hidden if self.keep is None else hidden[self.keep]
@@ -93,18 +99,18 @@ class _Collector:
         return rows if rows.dtype == torch.float64 else rows.float()
 
     def entry(self, module, args, kwargs) -> None:
-        self.x = args[0] if args else kwargs["hidden_states"]
+        self.x = self.windows(args[0] if args else kwargs["hidden_states"])
         if self.in_moments and "input" in self.moments:
             x, s = self.flat(self.x), self.statistics
             s.sum_x, s.xx = _add(s.sum_x, x.sum(0)), _add(s.xx, x.T @ x)
 
     def hidden(self, module, args) -> None:
         if self.in_moments:
-            h, s = self.flat(args[0]), self.statistics
+            h, s = self.flat(self.windows(args[0])), self.statistics
             s.sum_h, s.hh = _add(s.sum_h, h.sum(0)), _add(s.hh, h.T @ h)
 
     def exit(self, module, args, output) -> None:
-        output, s = _tensor(output), self.statistics
+        output, s = self.windows(_tensor(output)), self.statistics
         if self.in_moments:
             y = self.flat(output)
             s.tokens += y.shape[0]
@@ -198,18 +204,13 @@ def capture(
     parts = [("train", 0, sample_windows), (None, sample_windows, n_fit), ("heldout", n_fit, len(windows))]
     batches = [(p, i, min(i + batch_size, end)) for p, start, end in parts for i in range(start, end, batch_size)]
 
-    training = model.training
-    model.eval()
-    try:
-        with _hooks(collectors), torch.inference_mode():
-            for part, start, end in tqdm(batches, desc="capture", unit="batch", disable=not progress, leave=False):
-                ids = windows[start:end].to(device)
-                keep = None if mask is None else mask[start:end].to(device).bool()
-                for c in collectors.values():
-                    c.keep, c.part, c.in_moments = keep, part, part != "heldout"
-                forward(ids, keep)
-    finally:
-        model.train(training)
+    with eval_mode(model), _hooks(collectors), torch.inference_mode():
+        for part, start, end in tqdm(batches, desc="capture", unit="batch", disable=not progress, leave=False):
+            ids = windows[start:end].to(device)
+            keep = None if mask is None else mask[start:end].to(device).bool()
+            for c in collectors.values():
+                c.keep, c.shape, c.part, c.in_moments = keep, ids.shape, part, part != "heldout"
+            forward(ids, keep)
     for block, s in statistics.items():
         _finish(block, s, mask, {"train": (0, sample_windows), "heldout": (n_fit, len(windows))})
     if cached:
@@ -265,6 +266,8 @@ def _backbone(model: nn.Module) -> Callable[[Tensor, Tensor | None], object]:
 
 
 def _finish(block: Block, s: BlockStatistics, mask: Tensor | None, spans: dict[str, tuple[int, int]]) -> None:
+    if not s.tokens and not s._parts:
+        raise ValueError(f"{block.name} was not run: the blocks are of another model.")
     for part, (start, end) in spans.items():
         if end > start:
             x, y, r = (torch.cat(s._parts[f"{part}.{name}"]) for name in "xyr")

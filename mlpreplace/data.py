@@ -48,10 +48,16 @@ def _files(path: Path) -> Iterator[Document]:
         if file.suffix == ".txt":
             yield str(file.relative_to(path.parent)), file.read_text()
             continue
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            record = json.loads(line)
-            if "text" not in record:
-                raise ValueError(f'{file}, line {number}: expected {{"text": …}}, found the keys {sorted(record)}.')
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number}: {error}.") from error
+            if not isinstance(record, dict) or "text" not in record:
+                found = f"the keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise ValueError(f'{file}, line {number}: expected {{"text": …}}, found {found}.')
             yield f"{file.name}:{number}", record["text"]
 
 

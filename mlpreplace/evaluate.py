@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .blocks import layer_lists
 from .cache import Entry, fingerprint
 from .data import check_windows
+from .models import eval_mode
 from .splice import Plan, spliced
 
 RESAMPLES = 2000  # bootstrap resamples; an interval from these moves by about 1 % of its width between seeds
@@ -95,14 +95,14 @@ def kl_divergence(model: Measurement, seed: int = 0) -> Estimate:
     return _bootstrap(lambda i: kl[i].sum(1) / tokens[i].sum(1), len(tokens), model.mean_kl, model.n_tokens, seed)
 
 
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """[windows, seq_len - 1, vocab], [windows, seq_len - 1] → summed negative log-likelihood [windows]."""
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return losses.view(labels.shape).double().sum(1)
+def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities of a causal language model after every token but the last, [windows, seq_len - 1, vocab]."""
+    return model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(ids, use_cache=False).logits[:, :-1].float()
+def _nll(log_q: Tensor, ids: Tensor) -> Tensor:
+    """Negative log-likelihood summed over the predicted tokens of each window, [windows]."""
+    return -log_q.gather(-1, ids[:, 1:, None]).squeeze(-1).double().sum(1)
 
 
 def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4, seed: int = 0, progress: bool = True) -> Estimate:
@@ -171,51 +171,44 @@ def _run(
     rows: dict[Hashable, list[Tensor]] = {label: [] for label in plans}  # per batch: nll and kl, [2, windows]
     starts = range(0, len(windows), batch_size)
     bar = tqdm(total=len(plans) * len(starts), desc="evaluate", unit="batch", disable=not progress, leave=False)
-    was_training = model.training
-    model.eval()
-    try:
-        with bar, torch.inference_mode():
-            for start in starts:
-                ids = windows[start : start + batch_size].to(device)
-                labels = ids[:, 1:]
-                with _recorded(layers, needed) as inputs:
-                    dense = _logits(model, ids)
-                dense_nll = _nll(dense, labels)
-                log_p = dense.log_softmax(-1) if kl else None
-                for label, plan in plans.items():
-                    nll, divergence = dense_nll, torch.zeros_like(dense_nll)
-                    if plan:
-                        with spliced(model, plan), _resumed(layers, first[label], inputs):
-                            logits = _logits(model, ids)
-                        nll = _nll(logits, labels)
-                        divergence = _kl(log_p, logits) if kl else divergence
-                    rows[label].append(torch.stack([nll, divergence]).cpu())
-                    bar.update()
-    finally:
-        model.train(was_training)
+    with bar, eval_mode(model), torch.inference_mode():
+        for start in starts:
+            ids = windows[start : start + batch_size].to(device)
+            with _recorded(layers, needed) as inputs:
+                log_p = log_probabilities(model, ids)
+            dense_nll, p = _nll(log_p, ids), log_p.exp() if kl else None
+            for label, plan in plans.items():
+                nll, divergence = dense_nll, torch.zeros_like(dense_nll)
+                if plan:
+                    with spliced(model, plan), _resumed(layers, first[label], inputs):
+                        log_q = log_probabilities(model, ids)
+                    nll = _nll(log_q, ids)
+                    divergence = _kl(p, log_p, log_q) if kl else divergence
+                rows[label].append(torch.stack([nll, divergence]).cpu())
+                bar.update()
     tokens = np.full(len(windows), windows.shape[1] - 1)
     measured = {label: torch.cat(batches, dim=1).numpy() for label, batches in rows.items()}  # [2, windows]
     return {label: Measurement(nll, tokens, divergence if kl else None) for label, (nll, divergence) in measured.items()}
 
 
-def _kl(log_p: Tensor, logits: Tensor) -> Tensor:
-    """KL(p ‖ q) summed per window, [windows]; one window at a time keeps the vocabulary-sized temporaries small."""
-    rows = [F.kl_div(q.log_softmax(-1), p, reduction="sum", log_target=True).double() for p, q in zip(log_p, logits, strict=True)]
-    return torch.stack(rows)
+def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) summed per window, [windows]; overwrites ``log_q``, since each of these is as large as the logits."""
+    return log_q.neg_().add_(log_p).mul_(p).sum(-1).double().sum(1)
 
 
 @contextmanager
-def _recorded(layers: nn.ModuleList | None, needed: set[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the hidden states that enter the ``needed`` layers during a forward pass."""
-    inputs: dict[int, Tensor] = {}
+def _recorded(layers: nn.ModuleList | None, needed: set[int]) -> Iterator[dict[int, Tensor | tuple]]:
+    """Collect what enters the ``needed`` layers during a forward pass, as the layer before hands it on."""
+    inputs: dict[int, Tensor | tuple] = {}
 
     def keep(index: int):
-        def hook(module, args, kwargs):
-            inputs[index] = (args[0] if args else kwargs["hidden_states"]).clone()
+        def hook(module, args, output):
+            # as the layer returns it, a tensor or a tuple that starts with one (Falcon); copied, since layers may write into it
+            inputs[index] = (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
 
         return hook
 
-    handles = [layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in sorted(needed)]
+    handles = [layers[i - 1].register_forward_hook(keep(i)) for i in sorted(needed)]
     try:
         yield inputs
     finally:
@@ -224,7 +217,7 @@ def _recorded(layers: nn.ModuleList | None, needed: set[int]) -> Iterator[dict[i
 
 
 @contextmanager
-def _resumed(layers: nn.ModuleList | None, first: int, inputs: Mapping[int, Tensor]) -> Iterator[None]:
+def _resumed(layers: nn.ModuleList | None, first: int, inputs: Mapping[int, Tensor | tuple]) -> Iterator[None]:
     """Let the layers before ``first`` hand on the recorded hidden states instead of computing them."""
     if first not in inputs:
         yield
@@ -233,10 +226,14 @@ def _resumed(layers: nn.ModuleList | None, first: int, inputs: Mapping[int, Tens
     def stand_in(*args, **kwargs):
         return inputs[first]
 
-    for layer in layers[:first]:
+    own = {layer: vars(layer).get("forward") for layer in layers[:first]}  # where a device-placement library has set one
+    for layer in own:
         layer.forward = stand_in  # the instance's, so that the layer keeps its attributes and its class's forward
     try:
         yield
     finally:
-        for layer in layers[:first]:
-            del layer.forward
+        for layer, forward in own.items():
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward

@@ -68,10 +68,12 @@ def _(family: LowRank, block: Block, s: BlockStatistics, ridge: float) -> dict[s
     """Reduced-rank regression (Izenman 1975): the best rank r in output error projects the ridge solution A on the
     leading eigenvectors of AᵀCA, which are the right singular vectors of C^{1/2}A; an SVD of A alone would not see C.
     """
-    a, b, c = _linear_map(s, ridge)
+    a, _, c = _linear_map(s, ridge)
     _, vectors = torch.linalg.eigh(a.T @ c @ a)  # ascending
     leading = vectors[:, -family.rank :]  # [hidden, rank]
-    return {"0.weight": (a @ leading).T, "1.weight": leading, "1.bias": b}
+    down = a @ leading  # [hidden, rank]
+    bias = (s.sum_y - s.sum_x @ down @ leading.T) / s.tokens
+    return {"0.weight": down.T, "1.weight": leading, "1.bias": bias}
 
 
 def neuron_scores(block: Block, s: BlockStatistics) -> Tensor:

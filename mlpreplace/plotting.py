@@ -44,8 +44,9 @@ def save_figure(figure: Figure, name: str, *, claim: str, rows: pd.DataFrame, ru
         Path of the json.
     """
     folder = ROOT / folder
-    records = json.loads(rows.to_json(orient="records", double_precision=10))
-    content = json.dumps({"claim": claim, "rows": records, "provenance": run.record()}, indent=1, ensure_ascii=False)
+    records = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    record = {"claim": claim, "rows": records, "provenance": run.record()}
+    content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     with plt.style.context(STYLE):
         # no date inside: the same rows give the same file
         write_atomically(folder / f"{name}.pdf", lambda path: figure.savefig(path, metadata={"CreationDate": None}))
@@ -117,7 +118,7 @@ def error_vs_tokens(rows: pd.DataFrame) -> Figure:
     axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     _plain_log_ticks(axes.yaxis)
     axes.margins(x=0.05)
-    axes.set_xlim(right=ticks[-1] * 4)
+    axes.set_xlim(right=ticks[-1] * 3)  # room for the names
     axes.text(0.02, 0.02, "markers: held-out, thin: on fitting tokens", transform=axes.transAxes, fontsize=7, color="0.4")
     return figure
 
@@ -131,11 +132,9 @@ def output_concentration(rows: pd.DataFrame) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.7))
     left.bar(rows["layer"], rows["top_share"], color="#56B4E9", edgecolor="0.3", linewidth=0.4)
     left.axhline(0.01, color="0.3", linewidth=0.9, linestyle="--")
-    left.text(
-        0.5, 0.97, "dashed: if all tokens were alike", transform=left.transAxes, fontsize=7, color="0.3", ha="center", va="top"
-    )
     left.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
-    left.set(xlabel="layer", ylabel="share of output energy", title="owned by the top 1 % of tokens")
+    left.set(title="owned by the top 1 % of tokens", ylabel="share of output energy")
+    left.set_xlabel("layer (dashed: if all tokens were alike)")
     right.plot(rows["layer"], rows["median"], color="#0072B2", marker="o", markersize=3, label="median per token")
     right.plot(rows["layer"], rows["pooled"], color="#D55E00", linestyle="--", marker="s", markersize=3, label="pooled (1 − R²)")
     right.set(yscale="log", xlabel="layer", ylabel="held-out error", title="so a pooled error hides the others")

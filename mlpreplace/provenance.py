@@ -9,7 +9,7 @@ import random
 import subprocess
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -38,6 +38,13 @@ def code_cells_hash(notebook: str) -> str:
         if c["cell_type"] == "code" and "injected-parameters" not in c["metadata"].get("tags", [])
     ]
     return hashlib.sha256("\n\0".join(code).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # papermill is not part of a plain install
+        return None
 
 
 def _git(*arguments: str) -> str | None:
@@ -105,7 +112,7 @@ class Run:
             "git": self.git,
             "parameters": self.parameters,
             **self.facts,
-            "packages": {name: version(name) for name in PACKAGES},
+            "packages": {name: _version(name) for name in PACKAGES},
             "python": platform.python_version(),
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "wall_seconds": round(time.time() - self.start, 1),

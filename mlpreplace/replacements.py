@@ -50,7 +50,7 @@ class _Constant(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))  # [hidden]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bias.expand_as(x)
+        return self.bias.expand_as(x).clone()  # a layer may add into it
 
 
 @dataclass(frozen=True)

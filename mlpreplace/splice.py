@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -28,6 +29,11 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 model.get_submodule(path)
             except AttributeError:
                 raise ValueError(f"{type(model).__name__} has no module {path}: the plan is for another model.") from None
+        if block.kind != "mlp":
+            raise ValueError(f"{block.name} is an {block.kind} block; only MLP blocks can be replaced.")
+        if block.hidden_size != model.config.hidden_size:
+            sizes = f"hidden size {block.hidden_size}, the model {model.config.hidden_size}"
+            raise ValueError(f"{block.name} has {sizes}: the plan is for another model.")
         if replacement.block_name != block.name:
             raise ValueError(f"The replacement for {block.name} was fitted to {replacement.block_name}.")
 
@@ -97,6 +103,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "base": source.as_dict(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "replacements": {
             name: {**r.family.as_dict(), "report": asdict(r.report) if r.report else None} for name, r in found.items()
         },
@@ -123,7 +130,7 @@ def load(folder: str | Path, *, device: str = "auto") -> nn.Module:
         raise FileNotFoundError(f"{folder} holds no replacements.json; expected a folder written by mlpreplace.save.")
     record = json.loads((folder / "replacements.json").read_text())
     base = Source(**record["base"])
-    model, _ = load_model(base.id, revision=base.revision, device=device)
+    model, _ = load_model(base.id, revision=base.revision, device=device, dtype=getattr(torch, record["dtype"]))
     if model.source != base:
         raise ValueError(f"The base model differs: {folder} was made from {base}, found {model.source}.")
     tensors = load_file(folder / "replacements.safetensors")

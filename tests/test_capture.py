@@ -5,7 +5,7 @@ import torch
 from conftest import HIDDEN, INTERMEDIATE, READS_TOKENS, activations, build, capture_quietly, fail_after, random_windows
 from torch.testing import assert_close
 
-from mlpreplace import capture, find_blocks
+from mlpreplace import capture, find_blocks, merge
 from mlpreplace.capture import SUMS
 
 
@@ -210,6 +210,31 @@ def test_blocks_of_another_model_are_refused(llama, windows):
     """A forward pass of ``llama`` never runs them."""
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp"):
         capture(llama, find_blocks(build("llama")), windows, progress=False)
+
+
+def test_merged_statistics_are_those_of_all_tokens(llama):
+    """Two captures without an overlap, and their sum against the stored activations of both."""
+    windows = random_windows(16)
+    blocks, first = capture_quietly(llama, windows[:8])
+    _, second = capture_quietly(llama, windows[8:])
+    both = merge(first, second)
+    fitting = torch.cat([windows[:6], windows[8:14]])
+    for block in blocks:
+        assert both[block].tokens == fitting.numel()
+        assert_moments(both[block], reference(llama, block, fitting))
+        assert both[block].heldout is first[block].heldout
+        assert first[block].tokens == windows[:6].numel()  # neither is changed
+        assert_moments(first[block], reference(llama, block, windows[:6]))
+
+
+@pytest.mark.parametrize("change", ["blocks", "moments"])
+def test_statistics_of_different_things_are_not_merged(change, llama, windows):
+    blocks, first = capture_quietly(llama, windows)
+    _, second = capture_quietly(llama, windows, moments=("input",))
+    if change == "blocks":
+        second = {blocks[0]: first[blocks[0]]}
+    with pytest.raises(ValueError, match=f"different {change}"):
+        merge(first, second)
 
 
 def forbid_forward(model, monkeypatch) -> None:

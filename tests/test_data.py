@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 from conftest import word_tokenizer
+from datasets import Dataset
 
 from mlpreplace import documents, load_windows
 from mlpreplace.data import BUNDLED, SPLITS
@@ -77,6 +78,13 @@ def test_the_size_asked_for_moves_no_document(jsonl, tokenizer):
         assert not heldout & {i for row in sources(calibration) for i in row}
 
 
+def test_the_order_is_not_that_of_the_source(jsonl, tokenizer):
+    """Neither forwards nor backwards: a few windows see documents from everywhere."""
+    order = [row[0] for row in sources(load_windows(jsonl, tokenizer, seq_len=30, n_windows=20))]
+    rising = sum(a < b for a, b in zip(order, order[1:], strict=False))
+    assert 4 < rising < 15
+
+
 @pytest.mark.parametrize("seq_len", [8, 30, 64])
 def test_fewer_windows_are_a_prefix_of_more(seq_len, text, tokenizer):
     few, many = (load_windows(text, tokenizer, seq_len=seq_len, n_windows=n) for n in (4, 8))
@@ -91,7 +99,6 @@ def test_windows_depend_on_the_documents_alone(tmp_path, tokenizer):
         (tmp_path / "texts" / f"{i}.txt").write_text(text_of(i))
     first = load_windows(str(tmp_path / "texts"), tokenizer, seq_len=64, n_windows=20)
     assert torch.equal(first, load_windows(str(tmp_path / "texts"), tokenizer, seq_len=64, n_windows=20))
-    assert sources(first) != sorted(sources(first))
 
 
 def test_short_documents_are_joined(jsonl, tokenizer):
@@ -185,13 +192,32 @@ def test_an_unreachable_data_set_is_one_error(tokenizer, monkeypatch):
         load_windows("owner/name", tokenizer)
 
 
-def test_a_data_set_is_read_by_its_configuration(tokenizer, monkeypatch):
-    def rows(name, configuration, split, streaming):
-        assert (name, configuration, split, streaming) == ("owner/name", "small", "train", True)
-        return [{"text": text_of(i), "other": i} for i in range(DOCUMENTS)]
+def hub_of(monkeypatch, records: list[dict]) -> None:
+    """The hub's only data set is owner/name in its configuration small."""
 
-    monkeypatch.setattr("datasets.load_dataset", rows)
+    def load(name, configuration, split, streaming):
+        assert (name, configuration, split, streaming) == ("owner/name", "small", "train", True)
+        return Dataset.from_list(records).to_iterable_dataset()
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+
+
+def test_a_data_set_is_read_by_its_configuration(tokenizer, monkeypatch):
+    hub_of(monkeypatch, [{"text": text_of(i) if i % 2 else " ", "other": i} for i in range(DOCUMENTS)])
+    assert len(list(documents("owner/name:small"))) == DOCUMENTS // 2  # the others are empty
     assert load_windows("owner/name:small", tokenizer, seq_len=8, n_windows=3).shape == (3, 8)
+
+
+def test_only_the_first_rows_of_a_data_set_are_read(monkeypatch):
+    hub_of(monkeypatch, [{"text": str(i)} for i in range(20)])
+    monkeypatch.setattr("mlpreplace.data.HUB_DOCUMENTS", 7)
+    assert [content for _, content in documents("owner/name:small")] == [str(i) for i in range(7)]
+
+
+def test_a_data_set_without_text_says_what_it_has(monkeypatch):
+    hub_of(monkeypatch, [{"content": "x"}])
+    with pytest.raises(ValueError, match=r"owner/name:small: expected a column \"text\", found \['content'\]"):
+        list(documents("owner/name:small"))
 
 
 # the bundled texts
@@ -213,6 +239,7 @@ def test_bundled_splits_do_not_leak(text, bundled):
 
 
 @pytest.mark.bundled
+@pytest.mark.usefixtures("bundled")
 @pytest.mark.parametrize(("text", "least"), [("bundled/wiki", 9000), ("bundled/speeches", 200)])
 def test_bundled_documents(text, least):
     read = list(documents(text))

@@ -97,6 +97,15 @@ def test_a_shared_prefix_gives_what_the_whole_pass_gives(name, heldout):
         assert got[label].kl.min() > 0
 
 
+def test_layers_before_a_plan_run_once_a_batch(llama, plans, heldout):
+    """Dense: 3 batches. A plan runs the layers from its first block on."""
+    ran = [0, 0, 0]
+    for i, layer in enumerate(llama.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, i=i: ran.__setitem__(i, ran[i] + 1))
+    measured(llama, {label: plans[label] for label in (1, 2)}, heldout)
+    assert ran == [3, 6, 9]
+
+
 def test_an_empty_plan_is_the_dense_model(llama, plans, heldout):
     got = measured(llama, plans, heldout)
     dense = measured(llama, {"again": {}}, heldout, batch_size=7)["again"]

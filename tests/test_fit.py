@@ -16,7 +16,7 @@ from conftest import (
 )
 from torch.testing import assert_close
 
-from mlpreplace import BlockStatistics, Linear, LowRank, Mean, NarrowMLP, find_blocks, fit, fit_all
+from mlpreplace import BlockStatistics, Linear, LowRank, Mean, NarrowMLP, find_blocks, fit, fit_all, report_rows
 
 FAMILIES = [Mean(), Linear(), LowRank(4), NarrowMLP(24)]
 TINY = 1e-10  # a ridge that only keeps the solver defined
@@ -118,14 +118,17 @@ def test_full_width_is_the_block(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_dead_neurons_cost_nothing(name):
-    """Neurons with a zero output column are the ones dropped, and without them the block is the same."""
+    """Neurons with a zero output column are the ones dropped, and without them the block is the same.
+
+    On fitting tokens: a ReLU neuron that only a held-out token wakes is as dead as the planted ones.
+    """
     model, dead = build(name), 16
     for b in find_blocks(model):
         b.weights().down[:, 5 : 5 + dead] = 0  # a view of the weight
     blocks, stats = capture_quietly(model, random_windows())
     for b in blocks:
-        assert pooled(fit(b, stats, NarrowMLP(INTERMEDIATE - dead))) < 1e-10
-        assert pooled(fit(b, stats, NarrowMLP(INTERMEDIATE - dead - 8))) > 1e-6
+        assert fit(b, stats, NarrowMLP(INTERMEDIATE - dead)).report.train.pooled < 1e-10
+        assert fit(b, stats, NarrowMLP(INTERMEDIATE - dead - 8)).report.train.pooled > 1e-6
 
 
 # against simpler choices
@@ -147,12 +150,30 @@ def test_solving_the_output_projection_anew_beats_slicing_it(name, width):
 
 
 def test_the_kept_neurons_are_those_of_largest_output_energy(llama):
-    windows = random_windows()
-    blocks, stats = capture_quietly(llama, windows)
-    h, own = activations(llama, blocks[0], windows[:6])["h"], blocks[0].weights()
+    """Output columns from 0.1 to 10 times as large: neither the input nor the weight alone gives the order."""
+    windows, block = random_windows(), find_blocks(llama)[0]
+    block.weights().down.mul_(torch.logspace(-1, 1, INTERMEDIATE))
+    _, stats = capture_quietly(llama, windows)
+    h, own = activations(llama, block, windows[:6])["h"], block.weights()
     energy = h.square().sum(0) * own.down.double().square().sum(0)
     best = energy.argsort(descending=True)[:10].sort().values
-    assert torch.equal(fit(blocks[0], stats, NarrowMLP(10)).body.up.weight, own.up[best])
+    assert torch.equal(fit(block, stats, NarrowMLP(10)).body.up.weight, own.up[best])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_the_output_projection_is_a_least_squares_solution(name):
+    """The error that is left has no correlation with a kept neuron, nor a mean where the block has an output bias."""
+    model, windows = build(name), random_windows(24)
+    blocks, stats = capture_quietly(model, windows)
+    for b in blocks:
+        small, own = fit(b, stats, NarrowMLP(12), ridge=TINY).body, b.weights()
+        kept = [int((own.up == row).all(1).nonzero()) for row in small.up.weight]
+        a = activations(model, b, windows[:22])
+        h = a["h"][:, kept]
+        left = h @ small.down.weight.double().T + (0 if own.down_bias is None else small.down.bias.double()) - a["y"]
+        assert (h.T @ left).abs().max() < 1e-4 * (h.T @ a["y"]).abs().max()
+        if own.down_bias is not None:
+            assert left.sum(0).abs().max() < 1e-4 * a["y"].abs().sum(0).max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,14 +227,6 @@ def test_activations_that_are_all_zero(family, block):
         fit(block, {block: statistics_of(zeros, zeros, h)}, family)
 
 
-@pytest.mark.parametrize("family", [LowRank(0), LowRank(-1), LowRank(HIDDEN + 1), NarrowMLP(0), NarrowMLP(INTERMEDIATE + 1)])
-def test_a_size_the_block_cannot_have(family, captured):
-    _, blocks, stats = captured
-    for act in (lambda: fit(blocks[0], stats, family), lambda: family.n_params(blocks[0])):
-        with pytest.raises(ValueError, match=r"does not fit model\.layers\.0\.mlp: expected 1 ≤"):
-            act()
-
-
 @pytest.mark.parametrize(
     ("captured_moment", "family", "missing"),
     [("input", NarrowMLP(24), "hidden"), ("hidden", Linear(), "input"), ("hidden", LowRank(4), "input")],
@@ -250,15 +263,6 @@ def test_a_replacement_has_the_precision_of_its_block(family, dtype):
 def fit_in_float32(family):
     blocks, stats = capture_quietly(build("llama"), random_windows(16))
     return fit(blocks[1], stats, family)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_the_announced_size_is_the_size(name, family):
-    blocks, stats = capture_quietly(build(name), random_windows())
-    small = fit(blocks[0], stats, family)
-    assert small.n_params == family.n_params(blocks[0]) == sum(p.numel() for p in small.parameters())
-    assert not any(p.requires_grad for p in small.parameters())
 
 
 # what is reported
@@ -308,12 +312,14 @@ def test_fit_all_is_every_fit_in_order(captured):
         assert torch.equal(alone.body.weight, replacements[1].body.weight)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_survives_json(family):
-    assert type(family).from_dict(family.as_dict()) == family
-    assert type(family).__name__ in str(family)
-
-
-def test_an_unknown_family_is_named():
-    with pytest.raises(ValueError, match="'Cubic'.*NarrowMLP"):
-        Linear.from_dict({"family": "Cubic"})
+def test_report_rows_are_tidy(captured):
+    _, blocks, stats = captured
+    fitted = fit_all(blocks, stats, FAMILIES, progress=False)
+    rows = report_rows(fitted)
+    assert len(rows) == len(blocks) * len(FAMILIES) * 2
+    keys = {(row["layer"], row["label"], row["split"]) for row in rows}
+    assert len(keys) == len(rows)
+    row = next(r for r in rows if (r["layer"], r["family"], r["split"]) == (1, "NarrowMLP", "heldout"))
+    small = fitted[blocks[1]][3]
+    assert row["median"] == small.report.heldout.median
+    assert row["share_of_block"] == pytest.approx(24 / INTERMEDIATE)

@@ -154,8 +154,9 @@ def test_a_plan_for_another_model_changes_nothing(other, plan):
 
 def test_a_replacement_for_another_block_is_refused(llama, plan):
     first, second = list(plan)[:2]
-    with pytest.raises(ValueError, match=r"for model\.layers\.0\.mlp was fitted to model\.layers\.1\.mlp"), spliced(
-        llama, {first: plan[second]}
+    with (
+        pytest.raises(ValueError, match=r"for model\.layers\.0\.mlp was fitted to model\.layers\.1\.mlp"),
+        spliced(llama, {first: plan[second]}),
     ):
         pass
 

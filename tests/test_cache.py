@@ -1,0 +1,210 @@
+"""A fingerprint tells apart what differs and nothing else; a file is whole or not there."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, capture_quietly, random_windows
+from safetensors.torch import save_file
+
+from mlpreplace import LowRank, Mean, NarrowMLP, cache, fit
+from mlpreplace.cache import Entry, code_hash, fingerprint, write_atomically
+
+
+@dataclass
+class Point:
+    x: int
+    y: int
+
+
+@dataclass
+class Vector:
+    x: int
+    y: int
+
+
+DIFFERENT = {
+    "type of number": (1, 1.0),
+    "number and its text": (1, "1"),
+    "nothing and zero": (None, 0),
+    "true and one": (True, 1),
+    "order of a list": ([1, 2], [2, 1]),
+    "list and tuple": ([1], (1,)),
+    "borders of strings": (["ab", "c"], ["a", "bc"]),
+    "nesting": ([[1], 2], [[1, 2]]),
+    "value in a dict": ({"a": 1}, {"a": 2}),
+    "key of a dict": ({"a": 1}, {"b": 1}),
+    "key and value": ({"a": "b"}, {"b": "a"}),
+    "set": ({"a"}, {"a", "b"}),
+    "dtype": (torch.zeros(4), torch.zeros(4, dtype=torch.int32)),
+    "dtype of equal bytes": (torch.zeros(4, dtype=torch.float16), torch.zeros(4, dtype=torch.bfloat16)),
+    "shape": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "empty shape": (torch.zeros(0, 3), torch.zeros(3, 0)),
+    "scalar": (torch.tensor(1.0), torch.tensor(2.0)),
+    "scalar and vector": (torch.tensor(1.0), torch.tensor([1.0])),
+    "transposed": (torch.arange(4).view(2, 2), torch.arange(4).view(2, 2).T),
+    "value of an array": (np.zeros(3), np.array([0, 0, 1.0])),
+    "dtype of an array": (np.zeros(2, np.float32), np.zeros(2, np.int32)),
+    "field of a dataclass": (Point(1, 2), Point(2, 1)),
+    "class of a dataclass": (Point(1, 2), Vector(1, 2)),
+    "dtype object": (torch.float16, torch.bfloat16),
+    "family": (LowRank(4), NarrowMLP(4)),
+}
+
+
+@pytest.mark.parametrize(("a", "b"), DIFFERENT.values(), ids=DIFFERENT)
+def test_what_differs_has_another_fingerprint(a, b):
+    assert fingerprint(a) != fingerprint(b)
+
+
+EQUAL = {
+    "order of a set": (set("abcdef"), set("fedcba")),
+    "memory layout": (torch.arange(4).view(2, 2).T, torch.tensor([[0, 2], [1, 3]])),
+    "copy": (torch.ones(3), torch.ones(3)),
+    "array layout": (np.arange(4).reshape(2, 2).T, np.array([[0, 2], [1, 3]])),
+    "part": (torch.arange(6)[::2], torch.tensor([0, 2, 4])),
+    "dataclass": (Point(1, 2), Point(1, 2)),
+}
+
+
+@pytest.mark.parametrize(("a", "b"), EQUAL.values(), ids=EQUAL)
+def test_what_is_equal_has_the_same_fingerprint(a, b):
+    assert fingerprint(a) == fingerprint(b)
+
+
+def test_several_values_are_not_one():
+    assert fingerprint(1, 2) != fingerprint([1, 2]) != fingerprint(2, 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_a_model_is_its_weights_and_configuration(name):
+    model = build(name)
+    before = fingerprint(model)
+    assert before == fingerprint(build(name))
+    for parameter in (next(model.parameters()), list(model.parameters())[-1]):
+        parameter.data.view(-1)[-1] += 1
+        assert fingerprint(model) != before
+        parameter.data.view(-1)[-1] -= 1
+    model.config.layer_norm_epsilon = model.config.rms_norm_eps = 0.1
+    assert fingerprint(model) != before
+
+
+def test_a_model_with_a_scalar_buffer_has_a_fingerprint():
+    module = torch.nn.BatchNorm1d(3)  # counts its batches in a scalar
+    before = fingerprint(module)
+    module.num_batches_tracked += 1
+    assert fingerprint(module) != before
+
+
+def test_a_plan_is_its_blocks_and_replacements(captured):
+    _, blocks, stats = captured
+    plans = [{b: fit(b, stats, family)} for b in blocks[:2] for family in (Mean(), NarrowMLP(8), NarrowMLP(9))]
+    assert len({fingerprint(plan) for plan in plans}) == len(plans)
+    reloaded, again = capture_quietly(build("llama"), random_windows())
+    assert fingerprint({reloaded[0]: fit(reloaded[0], again, Mean())}) == fingerprint(plans[0])
+
+
+def test_what_has_no_fingerprint_is_named():
+    with pytest.raises(TypeError, match="No fingerprint for a object"):
+        fingerprint([object()])
+
+
+# code
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, fresh_assets):
+    """a imports b, b imports c in another spelling, nothing imports d."""
+    files = {"a": "from .b import f\n", "b": "import os\nfrom . import c\n", "c": "x = 1\n", "d": "y = 1\n"}
+    for name, source in files.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.setattr(cache, "PACKAGE", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("module", "matters"), [("a", True), ("b", True), ("c", True), ("d", False)])
+def test_the_code_is_a_module_and_what_it_imports(module, matters, package):
+    before = code_hash("a")
+    (package / f"{module}.py").write_text((package / f"{module}.py").read_text() + "# changed\n")
+    code_hash.cache_clear()
+    assert (code_hash("a") != before) == matters
+
+
+def test_modules_may_import_each_other(package):
+    (package / "c.py").write_text("from .a import f\n")
+    assert code_hash("a") == code_hash("b") == code_hash("c") != code_hash("d")
+
+
+def test_results_depend_on_the_code(package, results):
+    before = Entry("a", "name", 1).path
+    assert before != Entry("a", "name", 2).path
+    assert before == Entry("a", "name", 1).path
+    (package / "c.py").write_text("x = 2\n")
+    code_hash.cache_clear()
+    assert before != Entry("a", "name", 1).path
+
+
+def test_results_depend_on_the_versions(results, monkeypatch):
+    before = Entry("cache", "name").path
+    monkeypatch.setattr(cache.transformers, "__version__", "0")
+    assert before != Entry("cache", "name").path
+
+
+# files
+
+
+def test_an_entry_comes_back(results):
+    entry, tensors = Entry("cache", "name", 1), {"a": torch.arange(6).view(2, 3).T, "b": torch.tensor(2.5)}
+    assert entry.load() is None
+    entry.save(tensors)
+    stored = Entry("cache", "name", 1).load()
+    assert stored.keys() == tensors.keys()
+    assert all(torch.equal(stored[name], tensors[name]) for name in tensors)
+    assert Entry("cache", "name", 2).load() is None
+    assert [f.suffix for f in results.iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"not a result", b"\xff" * 64])
+def test_a_file_that_is_not_whole_is_no_result(content, results):
+    entry = Entry("cache", "name")
+    entry.save({"a": torch.zeros(3)})
+    entry.path.write_bytes(content)
+    assert entry.load() is None
+    entry.save({"a": torch.ones(3)})
+    assert torch.equal(entry.load()["a"], torch.ones(3))
+
+
+def test_an_entry_that_cannot_be_written_leaves_nothing(results, monkeypatch):
+    def full(tensors, path):
+        save_file(tensors, path)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        Entry("cache", "name").save({"a": torch.zeros(3)})
+    assert not any(results.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_failed_write_leaves_the_old_file_and_no_other(error, tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def interrupted(scratch):
+        scratch.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        write_atomically(path, interrupted)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_replaces_the_old_file(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.txt"
+    for content in ("first", "second"):
+        write_atomically(path, lambda scratch, content=content: scratch.write_text(content))
+        assert path.read_text() == content
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
