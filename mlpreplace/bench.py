@@ -5,6 +5,7 @@ make bench
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import torch
 
 from . import NarrowMLP, capture, compare, find_blocks, fit, load_model, load_windows
 from .evaluate import log_probabilities
+from .provenance import peak_memory_mb
 from .splice import spliced
 
 ROUNDS = 5
@@ -83,11 +85,31 @@ def bench_sweep(model, blocks, windows) -> None:
     show(title, interleaved(functions, rounds=2), "compare: dense prefix shared")
 
 
+def _peak_of_capture(n_windows: int, queue) -> None:
+    model, tokenizer = load_model()
+    windows = load_windows("bundled/wiki", tokenizer, n_windows=n_windows)
+    capture(model, find_blocks(model), windows, progress=False)
+    queue.put(peak_memory_mb())
+
+
+def bench_memory(counts: tuple[int, ...] = (16, 32)) -> None:
+    """Each capture in a process of its own, since a peak is never forgotten."""
+    context = multiprocessing.get_context("spawn")
+    print("\ncapture, every moment: peak memory of the process")
+    for n_windows in counts:
+        queue = context.Queue()
+        process = context.Process(target=_peak_of_capture, args=(n_windows, queue))
+        process.start()
+        print(f"  {n_windows * 512:>7,} tokens {queue.get():8,.0f} MB")
+        process.join()
+
+
 def main() -> None:
     model, tokenizer = load_model()
     blocks = find_blocks(model)
     windows = load_windows("bundled/wiki", tokenizer, n_windows=8)
     print(f"{model.source.id}, {torch.get_num_threads()} threads, medians over interleaved rounds")
+    bench_memory()
     bench_capture(model, blocks, windows)
     bench_sweep(model, blocks, windows[:4, :256])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -101,8 +102,8 @@ def error_vs_tokens(rows: pd.DataFrame) -> Figure:
         rows: layer, position, tokens, split, median.
     """
     figure, axes = plt.subplots(figsize=(4.6, 3.0))
-    styles = zip(rows["layer"].unique(), ("#0072B2", "#009E73", "#D55E00"), ("o", "^", "s"), strict=False)
-    for layer, color, marker in styles:
+    looks = cycle((("#0072B2", "o"), ("#009E73", "^"), ("#D55E00", "s"), ("#CC79A7", "v")))
+    for layer, (color, marker) in zip(rows["layer"].unique(), looks, strict=False):
         part = rows[rows["layer"] == layer]
         held, train = (part[part["split"] == s].sort_values("tokens") for s in ("heldout", "train"))
         axes.plot(held["tokens"], held["median"], color=color, marker=marker)
@@ -152,14 +153,14 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(1, len(families), figsize=(7.2, 2.9), sharey=True, squeeze=False)
     for axes, family in zip(panels[0], families, strict=True):
         part = rows[rows["family"] == family]
-        for (label, line), style, alpha in zip(part.groupby("label", sort=False), ("-", "--"), (1, 0.75), strict=False):
-            color = LOOKS[family]["color"]
+        color, marker = LOOKS[family]["color"], LOOKS[family]["marker"]
+        for (label, line), style in zip(part.groupby("label", sort=False), cycle(("-", "--", ":")), strict=False):
+            size = label.removeprefix(family).strip("()")
             axes.fill_between(line["layer"], line["kl_low"].clip(lower=1e-5), line["kl_high"], color=color, alpha=0.15, lw=0)
-            axes.plot(
-                line["layer"], line["kl"], style, color=color, marker=LOOKS[family]["marker"], ms=3, alpha=alpha, label=label
-            )
+            axes.plot(line["layer"], line["kl"], style, color=color, marker=marker, ms=3, label=size)
         axes.set(yscale="log", xlabel="layer", title=family)
-        axes.legend(loc="lower left", fontsize=7, handlelength=1.8, borderaxespad=0.1)
+        if part["label"].nunique() > 1:
+            axes.legend(loc="upper right", fontsize=7, handlelength=2.2, borderaxespad=0.1)
     panels[0][0].set_ylabel("KL to the dense model\n(nats per token)")
     return figure
 
@@ -172,13 +173,14 @@ def damage_prediction(rows: pd.DataFrame) -> Figure:
     """
     figure, panels = plt.subplots(1, 2, figsize=(6.8, 3.0), sharey=True)
     titles = {"local_error": "error ÷ the block's own output", "damage": "error ÷ the residual stream"}
+    labels = {"local_error": "Σ‖g(x) − y‖² / Σ‖y‖², held-out", "damage": "mean of ‖g(x) − y‖² / ‖r‖², held-out"}
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         for family, part in rows.groupby("family", sort=False):
             look = {k: v for k, v in LOOKS[family].items() if k != "linestyle"}
             axes.scatter(part[column], part["kl"], s=16, alpha=0.75, linewidths=0, label=family, **look)
         rank = rows[column].corr(rows["kl"], method="spearman")
         axes.text(0.03, 0.95, f"rank correlation {rank:.2f}", transform=axes.transAxes, fontsize=8, va="top")
-        axes.set(xscale="log", yscale="log", title=title, xlabel="held-out, per token")
+        axes.set(xscale="log", yscale="log", title=title, xlabel=labels[column])
     panels[0].set_ylabel("measured KL (nats per token)")
     panels[1].legend(loc="lower right", fontsize=7, handletextpad=0.1)
     return figure
@@ -210,9 +212,10 @@ def pareto(rows: pd.DataFrame) -> Figure:
         axes.axhline(1, color="0.2", linewidth=1)
         axes.plot(0, 1, marker="*", color="0.2", markersize=9)
         text = f"dense, perplexity {dense['perplexity']:.1f}"
-        axes.annotate(text, (0, 1), xytext=(8, -9), textcoords="offset points", fontsize=7.5, color="0.2")
+        axes.annotate(text, (0, 1), xytext=(3, 7), textcoords="offset points", fontsize=7.5, color="0.2")
         axes.set(yscale="log", title=domain, xlabel="sparsity (of attention and MLP parameters)")
-        axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=None))
+        axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
+        axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         _plain_log_ticks(axes.yaxis, "×%g", subs=(1, 1.5, 2, 3, 5, 7))
         axes.set_ylim(bottom=0.85)
     panels[0][0].set_ylabel("perplexity ÷ dense perplexity")

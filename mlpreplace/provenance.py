@@ -6,7 +6,9 @@ import hashlib
 import json
 import platform
 import random
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -45,6 +47,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # papermill is not part of a plain install
         return None
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux kilobytes
 
 
 def _git(*arguments: str) -> str | None:
@@ -116,4 +124,5 @@ class Run:
             "python": platform.python_version(),
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
             "wall_seconds": round(time.time() - self.start, 1),
+            "peak_memory_mb": round(peak_memory_mb()),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -49,7 +50,10 @@ def test_layout(path):
     assert first.cell_type == "markdown" and re.match(r"# .*\?\n", first.source), "the title is a question"
     assert "Try your own" in "".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     code = "\n".join(c.source for c in code_cells(path))
-    assert not re.search(r"^\s*(class|def) |register_forward", code, re.MULTILINE)
+    assert "register_forward" not in code
+    nodes = [node for node in ast.walk(ast.parse(re.sub(r"^%.*$", "", code, flags=re.MULTILINE)))]
+    assert not any(isinstance(node, ast.ClassDef) for node in nodes)
+    assert all(node.end_lineno - node.lineno < 5 for node in nodes if isinstance(node, ast.FunctionDef))
     assert "%watermark" in code
     tagged = [c for c in code_cells(path) if "parameters" in c.metadata.get("tags", [])]
     assert len(tagged) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -78,3 +79,17 @@ def test_make_refuses_an_old_python(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "Python 3.11 or newer is needed" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_readme_results_are_those_of_the_figure():
+    """Every ×number in the README's results table is a perplexity ratio of figures/04_pareto.json."""
+    rows = json.loads((ROOT / "figures" / "04_pareto.json").read_text())["rows"]
+    ratios = {(r["method"], r["sparsity"], r["domain"]): r["perplexity_ratio"] for r in rows}
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| .*×", line)]
+    assert len(lines) == len({r["method"] for r in rows} - {"dense"})
+    for line in lines:
+        method, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for sparsity, cell in zip((0.125, 0.25, 0.375), cells, strict=True):
+            wiki, speeches = (float(n) for n in re.findall(r"×([\d.]+)", cell))
+            assert wiki == pytest.approx(ratios[method, sparsity, "bundled/wiki"], abs=0.006), line
+            assert speeches == pytest.approx(ratios[method, sparsity, "bundled/speeches"], abs=0.006), line
