@@ -45,6 +45,7 @@ def save_figure(figure: Figure, name: str, *, claim: str, rows: pd.DataFrame, ru
         Path of the json.
     """
     folder = ROOT / folder
+    figure.supxlabel(_measured_on(run), fontsize=5.5, color="0.45")
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     record = {"claim": claim, "rows": records, "provenance": run.record()}
     content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
@@ -55,6 +56,13 @@ def save_figure(figure: Figure, name: str, *, claim: str, rows: pd.DataFrame, ru
     path = folder / f"{name}.json"
     write_atomically(path, lambda scratch: scratch.write_text(content + "\n"))
     return path
+
+
+def _measured_on(run: Run) -> str:
+    """What no number may be quoted without: the model, and text, windows and sequence length of every split."""
+    texts = run.facts.get("texts", {}).items()
+    splits = [f"{name.replace('_', ' ')} {t['text']} {t['windows']} × {t['sequence_length']} tokens" for name, t in texts]
+    return "  ·  ".join([run.facts.get("model", {}).get("id", ""), *splits])
 
 
 def _plain_log_ticks(axis: mpl.axis.Axis, form: str = "%g", subs: tuple[float, ...] = (1, 2, 3, 5)) -> None:
@@ -211,8 +219,8 @@ def pareto(rows: pd.DataFrame) -> Figure:
             axes.errorbar(x, y, yerr=span, capsize=2, elinewidth=0.8, label=method, **METHOD_LOOKS[method])
         axes.axhline(1, color="0.2", linewidth=1)
         axes.plot(0, 1, marker="*", color="0.2", markersize=9)
-        text = f"dense, perplexity {dense['perplexity']:.1f}"
-        axes.annotate(text, (0, 1), xytext=(3, 7), textcoords="offset points", fontsize=7.5, color="0.2")
+        text = f"dense: {dense['perplexity']:.1f}"
+        axes.annotate(text, (0, 1), xytext=(-3, 7), textcoords="offset points", fontsize=7.5, color="0.2")
         axes.set(yscale="log", title=domain, xlabel="sparsity (of attention and MLP parameters)")
         axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
