@@ -133,7 +133,7 @@ def _uniform(model: nn.Module, stats: Statistics, target: float, family: type[Fa
         raise ValueError(f"strategy='uniform' takes NarrowMLP or LowRank, got {family.__name__}.")
     for size in sizes:
         if sum(b.n_params - family(size).n_params(b) for b in chosen) >= target:
-            return {b: fit(b, stats, family(size)) for b in chosen}
+            return {b: fit(b, stats, family(size), samples=()) for b in chosen}
     raise ValueError(f"Uniform {family.__name__} cannot save {target:,.0f} parameters.")
 
 
@@ -170,7 +170,7 @@ def allocate(
         return _uniform(model, stats, target, family)
     if candidates is None:
         mlps = [b for b in stats if b.has_neurons]
-        candidates = {b: fit_all([b], stats, narrow_widths(b), progress=progress)[b] for b in mlps}
+        candidates = {b: fit_all([b], stats, narrow_widths(b), samples=("heldout",), progress=progress)[b] for b in mlps}
     savings = _savings(candidates)
     most = sum(max([0, *s]) for s in savings.values())
     if most < target:

@@ -8,7 +8,7 @@ exactly), Linear and LowRank towards the mean output.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict
 from functools import singledispatch
 
@@ -21,6 +21,7 @@ from .capture import BlockStatistics, Sample, Statistics
 from .replacements import Errors, Family, FitReport, Linear, LowRank, Mean, NarrowMLP, Replacement
 
 RIDGE = 1e-2
+SAMPLES = ("train", "heldout")
 
 
 def _ridged(c: Tensor, ridge: float) -> Tensor:
@@ -131,12 +132,15 @@ def sample_errors(module: torch.nn.Module, sample: Sample | None) -> Errors | No
     )
 
 
-def fit(block: Block, stats: Statistics, family: Family, *, ridge: float = RIDGE) -> Replacement:
+def fit(
+    block: Block, stats: Statistics, family: Family, *, ridge: float = RIDGE, samples: Collection[str] = SAMPLES
+) -> Replacement:
     """Fit ``family`` to ``block`` in closed form.
 
     Args:
         stats: from :func:`~mlpreplace.capture.capture`, with the moments the family needs.
         ridge: λ relative to the mean of the Gram matrix's diagonal; keeps fits with fewer tokens than dimensions defined.
+        samples: which errors to report, "train" and "heldout"; measuring them costs about as much as the fit.
 
     Returns:
         The replacement, in the block's dtype and on its device; ``.report`` holds its errors on the samples.
@@ -150,13 +154,19 @@ def fit(block: Block, stats: Statistics, family: Family, *, ridge: float = RIDGE
     replacement = Replacement(family, block)
     replacement.body.load_state_dict(solve(family, block, stats[block], ridge))
     seconds = time.perf_counter() - start
-    train, heldout = (sample_errors(replacement, sample) for sample in (stats[block].train, stats[block].heldout))
-    replacement.report = FitReport(stats[block].tokens, seconds, train, heldout)
+    errors = {name: sample_errors(replacement, getattr(stats[block], name)) if name in samples else None for name in SAMPLES}
+    replacement.report = FitReport(stats[block].tokens, seconds, **errors)
     return replacement
 
 
 def fit_all(
-    blocks: Iterable[Block], stats: Statistics, families: Iterable[Family], *, ridge: float = RIDGE, progress: bool = True
+    blocks: Iterable[Block],
+    stats: Statistics,
+    families: Iterable[Family],
+    *,
+    ridge: float = RIDGE,
+    samples: Collection[str] = SAMPLES,
+    progress: bool = True,
 ) -> dict[Block, list[Replacement]]:
     """Every family fitted to every block: {block: [replacement of each family]}."""
     blocks, families = list(blocks), list(families)
@@ -166,7 +176,7 @@ def fit_all(
         for block in blocks:
             fitted[block] = []
             for family in families:
-                fitted[block].append(fit(block, stats, family, ridge=ridge))
+                fitted[block].append(fit(block, stats, family, ridge=ridge, samples=samples))
                 bar.update()
     return fitted
 
@@ -185,7 +195,7 @@ def report_rows(fitted: Mapping[Block, Iterable[Replacement]]) -> list[dict]:
                 "tokens": r.report.tokens,
                 "fit_seconds": r.report.seconds,
             }
-            for split in ("train", "heldout"):
+            for split in SAMPLES:
                 if (errors := getattr(r.report, split)) is not None:
                     rows.append({**about, "split": split, **asdict(errors)})
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from itertools import cycle
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def save_figure(figure: Figure, name: str, *, claim: str, rows: pd.DataFrame, ru
         Path of the json.
     """
     folder = ROOT / folder
-    figure.supxlabel(_measured_on(run), fontsize=5.5, color="0.45")
+    figure.supxlabel(textwrap.fill(_measured_on(run), int(17 * figure.get_figwidth())), fontsize=5.5, color="0.45")
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     record = {"claim": claim, "rows": records, "provenance": run.record()}
     content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
@@ -99,7 +100,7 @@ def error_vs_parameters(rows: pd.DataFrame) -> Figure:
     )
     handles, labels = panels[0][0].get_legend_handles_labels()
     handles.append(mpl.lines.Line2D([], [], color="0.4", linewidth=0.8))
-    figure.legend(handles, [*labels, "thin: on fitting tokens"], loc="outside lower center", ncols=len(labels) + 1)
+    figure.legend(handles, [*labels, "thin: on fitting tokens"], loc="outside upper center", ncols=len(labels) + 1)
     return figure
 
 
@@ -227,7 +228,7 @@ def pareto(rows: pd.DataFrame) -> Figure:
         _plain_log_ticks(axes.yaxis, "×%g", subs=(1, 1.5, 2, 3, 5, 7))
         axes.set_ylim(bottom=0.85)
     panels[0][0].set_ylabel("perplexity ÷ dense perplexity")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
@@ -287,5 +288,5 @@ def parameter_share(rows: pd.DataFrame, claimed: float = 0.8) -> Figure:
     left.set_yticks(at, rows["model"])
     for label, measured in zip(left.get_yticklabels(), rows["measured"], strict=True):
         label.set_fontweight("bold" if measured else "normal")
-    figure.legend(loc="outside lower center", ncols=5, handlelength=1.4, columnspacing=1.2)
+    figure.legend(loc="outside upper center", ncols=5, handlelength=1.4, columnspacing=1.2)
     return figure
