@@ -17,7 +17,7 @@ from .evaluate import log_probabilities
 from .provenance import peak_memory_mb
 from .splice import spliced
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
@@ -54,7 +54,7 @@ def bench_capture(model, blocks, windows) -> None:
             model.base_model(windows[start : start + 4], use_cache=False)
 
     def captured(*moments):
-        return lambda: capture(model, blocks, windows, moments=moments, heldout_windows=1, sample_windows=1, progress=False)
+        return lambda: capture(model, blocks, windows, moments=moments, progress=False)
 
     functions = {
         "plain forward pass": forward,
@@ -107,7 +107,7 @@ def bench_memory(counts: tuple[int, ...] = (16, 32)) -> None:
 def main() -> None:
     model, tokenizer = load_model()
     blocks = find_blocks(model)
-    windows = load_windows("bundled/wiki", tokenizer, n_windows=8)
+    windows = load_windows("bundled/wiki", tokenizer, n_windows=12)  # batches of 4, as capture makes them by default
     print(f"{model.source.id}, {torch.get_num_threads()} threads, medians over interleaved rounds")
     bench_memory()
     bench_capture(model, blocks, windows)
