@@ -52,7 +52,7 @@ clean:  ## remove executed notebooks and cached results
 	rm -rf executed $(CACHE)/results .pytest_cache .ruff_cache
 
 distclean: clean  ## remove the virtual environment, the assets and the converted model as well
-	rm -rf $(CACHE)
+	rm -rf $(CACHE)/assets $(CACHE)/models
 	@if [ "$(VENV)" = .venv ]; then rm -rf .venv; else echo "$(VENV) is yours: not removed"; fi
 
 $(READY): pyproject.toml constraints.txt

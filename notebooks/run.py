@@ -71,6 +71,11 @@ def check_names(notebooks: list[Path], names: set[str], where: str) -> None:
         raise Refused(f"{where}: unknown parameters {sorted(names - known)}; known are {sorted(known)}.")
 
 
+def located(value):
+    """A path the user typed from where they stand, made absolute: notebooks run in their own folder."""
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+
+
 def figures_folder(profile: str, overrides: dict) -> str | None:
     """Where a changed run draws, relative to the repository; None where it is the committed place."""
     if profile == "cpu" and not overrides:
@@ -118,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not notebooks:
             raise Refused(f"No notebook matches {options.only}; there are {[n.stem for n in every]}.")
         profile = read_profile(options.profile)
-        overrides = {name: yaml.safe_load(value) for name, value in options.parameter}
+        overrides = {name: located(yaml.safe_load(value)) for name, value in options.parameter}
         if options.publish and (options.profile != "cpu" or overrides):
             raise Refused("--publish takes the unchanged cpu profile only: the committed notebooks show its outputs.")
         check_names(every, set(overrides), "--parameter")

@@ -142,6 +142,16 @@ def test_profiles_name_real_parameters(profile, monkeypatch):
     assert all(p["PROFILE"] == profile and p["FIGURES"] != "figures" for p in seen)
 
 
+def test_a_local_model_may_be_named_from_where_the_user_stands(tmp_path, monkeypatch):
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(run, "execute", lambda notebook, parameters, name: seen.append(parameters) or notebook)
+    assert run.main(["-p", "MODEL", "./my-model", "-p", "SEED", "3"]) == 0
+    assert {p["MODEL"] for p in seen} == {str(tmp_path / "my-model")} and {p["SEED"] for p in seen} == {3}
+    assert {p["FIGURES"] for p in seen} == {"figures/my-model"}
+
+
 def test_a_changed_run_never_draws_over_committed_figures():
     assert run.figures_folder("cpu", {}) is None
     assert run.figures_folder("cpu", {"MODEL": "owner/name"}) == "figures/name"
