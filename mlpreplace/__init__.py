@@ -11,6 +11,7 @@ from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity,
 from .fit import fit, fit_all, report_rows
 from .models import Source, load_model, resolve_device
 from .replacements import Family, FitReport, Linear, LowRank, Mean, NarrowMLP, Replacement, ladder
+from .results import result_rows
 from .splice import load, save, sparsity, splice, spliced
 
 __version__ = "0.1.0"
