@@ -92,7 +92,7 @@ def _peak_of_capture(n_windows: int, queue) -> None:
     queue.put(peak_memory_mb())
 
 
-def bench_memory(counts: tuple[int, ...] = (16, 32)) -> None:
+def bench_memory(counts: tuple[int, ...] = (32, 64)) -> None:
     """Each capture in a process of its own, since a peak is never forgotten."""
     context = multiprocessing.get_context("spawn")
     print("\ncapture, every moment: peak memory of the process")
