@@ -13,7 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from .blocks import Block, find_blocks
+from .blocks import Block, block_parameters
 from .capture import Statistics
 from .evaluate import compare
 from .fit import fit, fit_all
@@ -48,10 +48,6 @@ def measured_damage(
     plans = {(block, i): {block: r} for block, fitted in candidates.items() for i, r in enumerate(fitted)}
     measured = compare(model, plans, windows, progress=progress)
     return {block: [measured[block, i].mean_kl for i in range(len(fitted))] for block, fitted in candidates.items()}
-
-
-def _block_parameters(model: nn.Module) -> int:
-    return sum(b.n_params for kind in ("mlp", "attention") for b in find_blocks(model, kind))
 
 
 def _savings(candidates: Candidates) -> dict[Block, list[int]]:
@@ -165,7 +161,7 @@ def allocate(
         raise ValueError(f"Unknown strategy {strategy!r}; expected one of {STRATEGIES}.")
     if not 0 < sparsity < 1:
         raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity}.")
-    target = sparsity * _block_parameters(model)
+    target = sparsity * block_parameters(model)
     if strategy == "uniform":
         return _uniform(model, stats, target, family)
     if candidates is None:

@@ -249,6 +249,11 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
     return blocks
 
 
+def block_parameters(model: nn.Module) -> int:
+    """Parameters of all attention and MLP blocks: what sparsity is a share of."""
+    return sum(block.n_params for kind in KINDS for block in find_blocks(model, kind))
+
+
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters by part: mlp, attention, embedding (incl. positions; tied heads once), head (untied), other; and total."""
     blocks = {kind: find_blocks(model, kind) for kind in KINDS}

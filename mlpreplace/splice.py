@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .blocks import Block, find_blocks
+from .blocks import Block, block_parameters, find_blocks
 from .cache import whole_folder
 from .models import Source, load_model
 from .replacements import Family, FitReport, Replacement
@@ -77,8 +77,7 @@ def replacements_of(model: nn.Module) -> dict[str, Replacement]:
 
 def sparsity(model: nn.Module, plan: Plan) -> float:
     """Net parameters removed ÷ parameters of all attention and MLP blocks of the dense ``model``."""
-    dense = sum(b.n_params for kind in ("mlp", "attention") for b in find_blocks(model, kind))
-    return sum(block.n_params - r.n_params for block, r in plan.items()) / dense
+    return sum(block.n_params - r.n_params for block, r in plan.items()) / block_parameters(model)
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
