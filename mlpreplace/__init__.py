@@ -8,9 +8,20 @@ from .blocks import Block, Stack, count_parameters, find_blocks, register_archit
 from .capture import BlockStatistics, Sample, capture, merge
 from .data import documents, load_windows
 from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
-from .fit import fit, fit_all, report_rows
+from .fit import fit, fit_all
 from .models import Source, load_model, resolve_device
-from .replacements import Family, FitReport, Linear, LowRank, Mean, NarrowMLP, Replacement, ladder
+from .replacements import (
+    Family,
+    Linear,
+    LowRank,
+    Mean,
+    NarrowMLP,
+    NarrowPlusLinear,
+    Replacement,
+    TwoLayerMLP,
+    ladder,
+)
+from .reports import Errors, FitReport, TrainingReport, report_rows
 from .results import result_rows
 from .splice import load, save, sparsity, splice, spliced
 

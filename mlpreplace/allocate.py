@@ -36,9 +36,9 @@ def local_damage(candidates: Candidates) -> dict[Block, list[float]]:
     Raises ValueError where the statistics had no held-out windows.
     """
     for block, fitted in candidates.items():
-        if any(r.report is None or r.report.heldout is None for r in fitted):
-            raise ValueError(f"{block.name}: no held-out error to allocate by. Use capture(..., heldout_windows=4) or more.")
-    return {block: [r.report.heldout.damage for r in fitted] for block, fitted in candidates.items()}
+        if any(r.report is None or r.report.validation is None for r in fitted):
+            raise ValueError(f"{block.name}: no validation error to allocate by. Use capture(..., validation_windows=4) or more.")
+    return {block: [r.report.validation.damage for r in fitted] for block, fitted in candidates.items()}
 
 
 def measured_damage(
@@ -166,7 +166,7 @@ def allocate(
         return _uniform(model, stats, target, family)
     if candidates is None:
         mlps = [b for b in stats if b.has_neurons]
-        candidates = {b: fit_all([b], stats, narrow_widths(b), samples=("heldout",), progress=progress)[b] for b in mlps}
+        candidates = {b: fit_all([b], stats, narrow_widths(b), samples=("validation",), progress=progress)[b] for b in mlps}
     savings = _savings(candidates)
     most = sum(max([0, *s]) for s in savings.values())
     if most < target:

@@ -66,7 +66,7 @@ def bench_capture(model, blocks, windows) -> None:
 
 
 def bench_sweep(model, blocks, windows) -> None:
-    stats = capture(model, blocks, windows[:3], heldout_windows=1, progress=False)
+    stats = capture(model, blocks, windows[:3], validation_windows=1, progress=False)
     width = NarrowMLP(blocks[0].intermediate_size // 2)
     plans = {block.layer: {block: fit(block, stats, width)} for block in blocks}
 

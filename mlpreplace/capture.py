@@ -53,7 +53,7 @@ class BlockStatistics:
     xy: Tensor | None = None  # [hidden, hidden] XᵀY
     hh: Tensor | None = None  # [intermediate, intermediate] HᵀH
     train: Sample | None = None  # windows that are in the moments too
-    heldout: Sample | None = None  # windows that are in no moment
+    validation: Sample | None = None  # windows that are in no moment
     _parts: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     def require(self, moment: str) -> None:
@@ -84,13 +84,13 @@ class _Collector:
     def __init__(self, statistics: BlockStatistics, moments: Collection[str]):
         self.statistics, self.moments = statistics, moments
         self.keep: Tensor | None = None  # [batch, seq_len] real tokens
-        self.part: str | None = "train"  # "train", "heldout", or None for a batch that only enters the moments
+        self.part: str | None = "train"  # "train", "validation", or None for a batch that only enters the moments
         self.shape: torch.Size | None = None  # [batch, seq_len]
         self.x: Tensor | None = None
 
     @property
     def in_moments(self) -> bool:
-        return self.part != "heldout"
+        return self.part != "validation"
 
     def windows(self, hidden: Tensor) -> Tensor:
         """[batch, seq_len, width], also where a layer flattens its tokens (OPT)."""
@@ -158,8 +158,8 @@ def capture(
     mask: Tensor | None = None,
     *,
     moments: Collection[str] = MOMENTS,
-    heldout_windows: int = 4,
-    sample_windows: int = 4,
+    validation_windows: int = 4,
+    sample_windows: int | None = 4,
     batch_size: int = 4,
     cached: bool = False,
     progress: bool = True,
@@ -172,7 +172,7 @@ def capture(
         windows: token ids [windows, seq_len].
         mask: True (or 1) where a token is real, [windows, seq_len]; padding enters no moment and no error.
         moments: "input" (XᵀX, XᵀY: Linear, LowRank) and "hidden" (HᵀH: NarrowMLP, the expensive one).
-        heldout_windows: that many last windows enter no moment and measure the held-out error of fits.
+        validation_windows: that many last windows enter no moment and measure the held-out error of fits.
         sample_windows: that many first windows are kept as input/output pairs.
         batch_size: windows in one forward pass.
         cached: keep the result on disk, and take it from there when model, windows, options and code are the same.
@@ -189,12 +189,12 @@ def capture(
     unknown = set(moments) - set(MOMENTS)
     if unknown:
         raise ValueError(f"Unknown moments {sorted(unknown)}; expected some of {MOMENTS}.")
-    n_fit = len(windows) - heldout_windows
+    n_fit = len(windows) - validation_windows
     if n_fit < 1:
-        raise ValueError(f"{len(windows)} windows minus heldout_windows={heldout_windows} leave none to fit on.")
+        raise ValueError(f"{len(windows)} windows minus validation_windows={validation_windows} leave none to fit on.")
     sample_windows = min(sample_windows, n_fit)
     if cached:
-        options = set(moments), heldout_windows, sample_windows, batch_size
+        options = set(moments), validation_windows, sample_windows, batch_size
         entry = Entry("capture", "capture", model, blocks, windows, mask, *options)
         if (stored := entry.load()) is not None:
             return _unflatten(blocks, stored)
@@ -204,7 +204,7 @@ def capture(
     forward = _backbone(model)
     device = next(model.parameters()).device
     # sampled windows run in batches of their own, so that a batch is sampled whole or not at all
-    parts = [("train", 0, sample_windows), (None, sample_windows, n_fit), ("heldout", n_fit, len(windows))]
+    parts = [("train", 0, sample_windows), (None, sample_windows, n_fit), ("validation", n_fit, len(windows))]
     batches = [(p, i, min(i + batch_size, end)) for p, start, end in parts for i in range(start, end, batch_size)]
 
     with eval_mode(model), _hooks(collectors), torch.inference_mode():
@@ -215,7 +215,7 @@ def capture(
                 c.keep, c.shape, c.part = keep, ids.shape, part
             forward(ids, keep)
     for block, s in statistics.items():
-        _finish(block, s, mask, {"train": (0, sample_windows), "heldout": (n_fit, len(windows))})
+        _finish(block, s, mask, {"train": (0, sample_windows), "validation": (n_fit, len(windows))})
     if cached:
         entry.save(_flatten(statistics))
     return statistics
@@ -234,7 +234,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         if any((getattr(a, name) is None) != (getattr(b, name) is None) for name in SUMS):
             raise ValueError(f"The two statistics of {block.name} hold different moments.")
         sums = {name: getattr(a, name) + getattr(b, name) for name in SUMS if getattr(a, name) is not None}
-        merged[block] = BlockStatistics(a.tokens + b.tokens, **sums, train=a.train, heldout=a.heldout)
+        merged[block] = BlockStatistics(a.tokens + b.tokens, **sums, train=a.train, validation=a.validation)
     return merged
 
 
@@ -244,7 +244,7 @@ def _flatten(statistics: Statistics) -> dict[str, Tensor]:
     for block, s in statistics.items():
         flat[f"{block.name}/tokens"] = torch.tensor(s.tokens)
         flat |= {f"{block.name}/{f}": getattr(s, f) for f in SUMS if getattr(s, f) is not None}
-        for part in ("train", "heldout"):
+        for part in ("train", "validation"):
             if (sample := getattr(s, part)) is not None:
                 flat |= {f"{block.name}/{part}/{f.name}": getattr(sample, f.name) for f in fields(Sample)}
     return flat
@@ -255,7 +255,7 @@ def _unflatten(blocks: list[Block], flat: dict[str, Tensor]) -> Statistics:
     for block in blocks:
         found = {k.removeprefix(f"{block.name}/"): t.to(block.device) for k, t in flat.items() if k.startswith(f"{block.name}/")}
         s = statistics[block] = BlockStatistics(tokens=int(found["tokens"]), **{f: found.get(f) for f in SUMS})
-        for part in ("train", "heldout"):
+        for part in ("train", "validation"):
             if f"{part}/x" in found:
                 setattr(s, part, Sample(**{f.name: found[f"{part}/{f.name}"] for f in fields(Sample)}))
     return statistics

@@ -84,7 +84,7 @@ def error_vs_parameters(rows: pd.DataFrame) -> Figure:
     for axes, (layer, position) in zip(panels[0], layers, strict=True):
         for family, part in rows[rows["layer"] == layer].groupby("family", sort=False):
             look = LOOKS[family]
-            held, train = (part[part["split"] == s].sort_values("share_of_block") for s in ("heldout", "train"))
+            held, train = (part[part["split"] == s].sort_values("share_of_block") for s in ("validation", "train"))
             axes.plot(train["share_of_block"], train["median"], color=look["color"], linewidth=0.8, alpha=0.6)
             axes.plot(held["share_of_block"], held["median"], label=family, **look)
             if len(held) > 1:
@@ -114,7 +114,7 @@ def error_vs_tokens(rows: pd.DataFrame) -> Figure:
     looks = cycle((("#0072B2", "o"), ("#009E73", "^"), ("#D55E00", "s"), ("#CC79A7", "v")))
     for layer, (color, marker) in zip(rows["layer"].unique(), looks, strict=False):
         part = rows[rows["layer"] == layer]
-        held, train = (part[part["split"] == s].sort_values("tokens") for s in ("heldout", "train"))
+        held, train = (part[part["split"] == s].sort_values("tokens") for s in ("validation", "train"))
         axes.plot(held["tokens"], held["median"], color=color, marker=marker)
         axes.plot(train["tokens"], train["median"], color=color, linewidth=0.8, alpha=0.7)
         name = f"{held['position'].iloc[0]} (layer {layer})"

@@ -6,26 +6,62 @@ module for any block it fits. Notation: block input x ∈ R^d, MLP f(x) = W_down
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Block
+from .past import Past
+from .reports import FitReport
+
+FAMILIES: dict[str, type[Family]] = {}  # every family by name, those of a user too
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of replacement at a size."""
+    """A kind of replacement at a size. A subclass is known by its name from then on, to ``ladder`` and to ``load``.
+
+    The first field of a subclass is its size; other fields need a default.
+    """
+
+    looks_back: ClassVar[bool] = False  # whether an output depends on the inputs of earlier tokens
+
+    def __init_subclass__(cls) -> None:
+        FAMILIES[cls.__name__] = cls
 
     def n_params(self, block: Block) -> int:
         """Parameters this replacement of ``block`` would have; raises ValueError where it cannot take the block."""
         raise NotImplementedError
 
+    def n_active_params(self, block: Block) -> int:
+        """Parameters that one token passes; fewer than all of them for a mixture of experts."""
+        return self.n_params(block)
+
     def build(self, block: Block) -> nn.Module:
-        """An unfitted module for ``block``, [..., hidden] → [..., hidden]."""
+        """A module for ``block`` whose parameters are yet to be set, [..., hidden] → [..., hidden].
+
+        Where the family looks back: [batch, seq_len, hidden], with ``forward(x, past)`` (see :mod:`~mlpreplace.past`).
+        """
         raise NotImplementedError
+
+    @classmethod
+    def most(cls, block: Block) -> int:
+        """The largest size that makes sense for ``block``."""
+        return max(1, block.n_params // block.hidden_size)  # one more of any size costs at least a vector
+
+    @classmethod
+    def nearest(cls, block: Block, n_params: float) -> Family:
+        """The size whose number of parameters is nearest to ``n_params``; a family without a size as it is."""
+        if not fields(cls):
+            return cls()
+        sizes = range(1, cls.most(block) + 1)
+        above = bisect_left(sizes, n_params, key=lambda size: cls(size).n_params(block))
+        around = sizes[max(0, above - 1) : above + 1]
+        return cls(min(around, key=lambda size: abs(cls(size).n_params(block) - n_params)))
 
     def as_dict(self) -> dict:
         return {"family": type(self).__name__, **asdict(self)}
@@ -81,6 +117,10 @@ class LowRank(Family):
 
     rank: int
 
+    @classmethod
+    def most(cls, block: Block) -> int:
+        return block.hidden_size // 2
+
     def n_params(self, block: Block) -> int:
         _check_size("rank", self.rank, block.hidden_size, block)
         return 2 * block.hidden_size * self.rank + block.hidden_size
@@ -120,6 +160,10 @@ class NarrowMLP(Family):
 
     width: int
 
+    @classmethod
+    def most(cls, block: Block) -> int:
+        return block.intermediate_size
+
     def n_params(self, block: Block) -> int:
         weights = self._weights(block)
         matrices = 2 if weights.gate is None else 3
@@ -138,66 +182,87 @@ class NarrowMLP(Family):
         return weights
 
 
+class ShallowMLP(nn.Module):
+    """W₂ act(W₁ x + b₁) + b₂."""
+
+    def __init__(self, hidden: int, width: int, activation: nn.Module):
+        super().__init__()
+        self.up = nn.Linear(hidden, width)
+        self.down = nn.Linear(width, hidden)
+        self.activation = activation
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """[..., hidden] → [..., width]"""
+        return self.activation(self.up(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.neurons(x))
+
+
+@dataclass(frozen=True)
+class TwoLayerMLP(Family):
+    """g(x) = W₂ act(W₁x + b₁) + b₂, the shallow MLP: no gate, any width, any block. 2dk + k + d parameters.
+
+    The activation is the block's; SiLU where the block has none of its own (a mixture of experts).
+    """
+
+    width: int
+
+    def n_params(self, block: Block) -> int:
+        _check_size("width", self.width, None, block)
+        return 2 * block.hidden_size * self.width + self.width + block.hidden_size
+
+    def build(self, block: Block) -> nn.Module:
+        _check_size("width", self.width, None, block)
+        return ShallowMLP(block.hidden_size, self.width, block.activation or nn.SiLU())
+
+
+class Sum(nn.Module):
+    """The sum of two modules of the same input."""
+
+    def __init__(self, mlp: nn.Module, linear: nn.Module):
+        super().__init__()
+        self.mlp, self.linear = mlp, linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + self.linear(x)
+
+
+@dataclass(frozen=True)
+class NarrowPlusLinear(Family):
+    """A NarrowMLP(k) and a LowRank(r) side by side, solved together. 3dk + 2dr + d parameters (gated)."""
+
+    width: int
+    rank: int
+
+    @classmethod
+    def nearest(cls, block: Block, n_params: float) -> Family:
+        linear = LowRank.nearest(block, n_params / 4)
+        return cls(NarrowMLP.nearest(block, n_params - linear.n_params(block)).width, linear.rank)
+
+    def n_params(self, block: Block) -> int:
+        return NarrowMLP(self.width).n_params(block) + LowRank(self.rank).n_params(block)
+
+    def build(self, block: Block) -> nn.Module:
+        return Sum(NarrowMLP(self.width).build(block), LowRank(self.rank).build(block))
+
+
 def ladder(block: Block, shares: Iterable[float], families: Iterable[type[Family]] | None = None) -> list[Family]:
-    """Every family at the sizes that keep ``shares`` of the block's parameters, as far as it takes them.
+    """Every family (or ``families``) at the sizes nearest to ``shares`` of the block's parameters, each size once.
 
-    LowRank goes no further than rank d/2, where a Linear is as large; families without a size appear once.
+    A family goes no further than makes sense for it: LowRank to rank d/2, where a Linear is as large.
     """
-    shares, found = list(shares), []
+    shares, found = list(shares), {}
     for family in families or FAMILIES.values():
-        if family is NarrowMLP:
-            per_size, fixed, limit = _slope(NarrowMLP, block), 0, block.intermediate_size
-        elif family is LowRank:
-            per_size, fixed, limit = _slope(LowRank, block), block.hidden_size, block.hidden_size // 2
-        else:
-            found.append(family())
-            continue
-        sizes = {min(limit, max(1, round((share * block.n_params - fixed) / per_size))) for share in shares}
-        found += [family(size) for size in sorted(sizes)]
-    return found
+        sizes = {family.nearest(block, share * block.n_params): None for share in shares}
+        found |= {member: None for member in sorted(sizes, key=lambda member: member.n_params(block))}
+    return list(found)
 
 
-def _slope(family: type[Family], block: Block) -> int:
-    """Parameters of one more neuron or rank."""
-    return family(2).n_params(block) - family(1).n_params(block)
-
-
-def _check_size(name: str, value: int, limit: int, block: Block) -> None:
-    if not 1 <= value <= limit:
-        raise ValueError(f"{name}={value} does not fit {block.name}: expected 1 ≤ {name} ≤ {limit}.")
-
-
-FAMILIES: dict[str, type[Family]] = {f.__name__: f for f in (Mean, Linear, LowRank, NarrowMLP)}
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Output errors of a replacement on a sample, per token first and then summarised, so that the few tokens with massive
-    activations cannot hide all others. All are ratios of squared norms.
-    """
-
-    mean: float  # of ‖g(x) − y‖² / ‖y‖² over tokens
-    median: float
-    q25: float
-    q75: float
-    pooled: float  # Σ‖g(x) − y‖² / Σ‖y‖², that is 1 − (uncentred) R²: massive activations decide it
-    damage: float  # mean of ‖g(x) − y‖² / ‖r‖², r the residual stream that leaves the layer
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """How a fit went. ``train`` is on sampled tokens that are in the moments, ``heldout`` on tokens no fit saw."""
-
-    tokens: int  # in the moments
-    seconds: float
-    train: Errors | None
-    heldout: Errors | None
-
-    @staticmethod
-    def from_dict(record: dict) -> FitReport:
-        """The inverse of dataclasses.asdict."""
-        errors = {part: Errors(**record[part]) if record[part] else None for part in ("train", "heldout")}
-        return FitReport(record["tokens"], record["seconds"], **errors)
+def _check_size(name: str, value: int, limit: int | None, block: Block) -> None:
+    if value < 1 or (limit is not None and value > limit):
+        most = "" if limit is None else f" ≤ {limit}"
+        raise ValueError(f"{name}={value} does not fit {block.name}: expected 1 ≤ {name}{most}.")
 
 
 class Replacement(nn.Module):
@@ -208,15 +273,19 @@ class Replacement(nn.Module):
         self.family = family
         self.block_name = block.name
         self.report: FitReport | None = None
+        self.past: Past | None = None  # of the sequences being generated, where the family looks back
         self.body = family.build(block).to(device=block.device, dtype=block.dtype).eval()
         for parameter in self.parameters():
             parameter.requires_grad_(False)
+        self.n_active_params = family.n_active_params(block)
 
     @property
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.family.looks_back:
+            return self.body(hidden_states, self.past)
         return self.body(hidden_states)
 
     def extra_repr(self) -> str:

@@ -145,9 +145,9 @@ def sample_of(x: torch.Tensor, y: torch.Tensor) -> Sample:
 def statistics_of(x: torch.Tensor, y: torch.Tensor, h: torch.Tensor | None = None) -> BlockStatistics:
     """Statistics of float64 pairs [tokens, width]; the last quarter of the tokens is held out."""
     n = max(1, len(x) * 3 // 4)
-    heldout = sample_of(x[n:], y[n:]) if n < len(x) else None
+    validation = sample_of(x[n:], y[n:]) if n < len(x) else None
     x, y = x[:n], y[:n]
-    s = BlockStatistics(n, x.sum(0), y.sum(0), xx=x.T @ x, xy=x.T @ y, train=sample_of(x, y), heldout=heldout)
+    s = BlockStatistics(n, x.sum(0), y.sum(0), xx=x.T @ x, xy=x.T @ y, train=sample_of(x, y), validation=validation)
     if h is not None:
         s.sum_h, s.hh = h[:n].sum(0), h[:n].T @ h[:n]
     return s
@@ -156,7 +156,7 @@ def statistics_of(x: torch.Tensor, y: torch.Tensor, h: torch.Tensor | None = Non
 def capture_quietly(model, windows: torch.Tensor, kind: str = "mlp", **options):
     """(blocks, statistics) of a model."""
     blocks = find_blocks(model, kind)
-    return blocks, capture(model, blocks, windows, **{"heldout_windows": 2, "sample_windows": 2, "progress": False} | options)
+    return blocks, capture(model, blocks, windows, **{"validation_windows": 2, "sample_windows": 2, "progress": False} | options)
 
 
 def word_tokenizer(words) -> t.PreTrainedTokenizerFast:

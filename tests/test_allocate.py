@@ -118,7 +118,7 @@ def test_the_exact_plan_does_no_more_damage_than_the_greedy_one(captured):
     damage = {}
     for strategy in ("greedy", "milp"):
         plan = allocate(model, stats, 0.3, strategy, progress=False)
-        damage[strategy] = sum(r.report.heldout.damage for r in plan.values())
+        damage[strategy] = sum(r.report.validation.damage for r in plan.values())
     assert damage["milp"] <= damage["greedy"] * (1 + 1e-9)
 
 
@@ -198,7 +198,7 @@ def test_local_damage_is_that_of_the_reports(captured):
     _, blocks, stats = captured
     candidates = fit_all(blocks, stats, [NarrowMLP(12), NarrowMLP(36)], progress=False)
     for b, (narrow, wide) in local_damage(candidates).items():
-        assert [narrow, wide] == [r.report.heldout.damage for r in candidates[b]]
+        assert [narrow, wide] == [r.report.validation.damage for r in candidates[b]]
         assert narrow > wide
 
 
@@ -228,7 +228,7 @@ def test_what_cannot_be_allocated(options, message, captured):
         allocate(model, stats, **{"sparsity": 0.2, "progress": False} | options)
 
 
-def test_an_estimate_needs_heldout_windows(llama, windows):
-    _, stats = capture_quietly(llama, windows, heldout_windows=0)
-    with pytest.raises(ValueError, match="heldout_windows"):
+def test_an_estimate_needs_validation_windows(llama, windows):
+    _, stats = capture_quietly(llama, windows, validation_windows=0)
+    with pytest.raises(ValueError, match="validation_windows"):
         allocate(llama, stats, 0.2, progress=False)

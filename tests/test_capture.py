@@ -34,7 +34,7 @@ def bytes_of(statistics) -> int:
     flat = []
     for s in statistics.values():
         flat += [getattr(s, name) for name in SUMS]
-        flat += [t for part in (s.train, s.heldout) for t in vars(part).values()]
+        flat += [t for part in (s.train, s.validation) for t in vars(part).values()]
     return sum(t.nbytes for t in flat)
 
 
@@ -53,7 +53,7 @@ def test_samples_are_whole_windows(name):
     model, windows = build(name), random_windows()
     blocks, statistics = capture_quietly(model, windows)
     for block in blocks:
-        for sample, part in ((statistics[block].train, windows[:2]), (statistics[block].heldout, windows[6:])):
+        for sample, part in ((statistics[block].train, windows[:2]), (statistics[block].validation, windows[6:])):
             a = activations(model, block, part)
             assert sample.x.shape == sample.y.shape == (*part.shape, HIDDEN)
             assert_close(sample.x.double().flatten(0, 1), a["x"], rtol=1e-4, atol=1e-4)
@@ -95,17 +95,17 @@ def test_the_batch_size_changes_nothing(name, batch_size):
     blocks, statistics = capture_quietly(model, windows, batch_size=batch_size)
     for block in blocks:
         assert_moments(statistics[block], reference(model, block, windows[:6]))
-        assert len(statistics[block].train.x) == len(statistics[block].heldout.x) == 2
+        assert len(statistics[block].train.x) == len(statistics[block].validation.x) == 2
 
 
-def test_heldout_windows_are_in_no_moment(llama, windows):
+def test_validation_windows_are_in_no_moment(llama, windows):
     blocks, statistics = capture_quietly(llama, windows)
     changed = windows.clone()
     changed[6:] = random_windows(2, seed=1)
     _, again = capture_quietly(llama, changed)
     for block in blocks:
         assert all(torch.equal(getattr(statistics[block], name), getattr(again[block], name)) for name in SUMS)
-        assert not torch.equal(statistics[block].heldout.x, again[block].heldout.x)
+        assert not torch.equal(statistics[block].validation.x, again[block].validation.x)
 
 
 def right_padded(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,12 +120,12 @@ def test_padding_is_in_no_moment(name):
     model = build(name)
     padded, mask = right_padded(random_windows())
     blocks = find_blocks(model)
-    statistics = capture(model, blocks, padded, mask, heldout_windows=2, sample_windows=2, batch_size=3, progress=False)
+    statistics = capture(model, blocks, padded, mask, validation_windows=2, sample_windows=2, batch_size=3, progress=False)
     for block in blocks:
         assert statistics[block].tokens == int(mask[:6].sum()) < padded[:6].numel()
         assert_moments(statistics[block], reference(model, block, padded[:6], mask[:6]))
         assert torch.equal(statistics[block].train.mask, mask[:2])
-        assert statistics[block].heldout.tokens == int(mask[6:].sum())
+        assert statistics[block].validation.tokens == int(mask[6:].sum())
 
 
 def test_what_stands_in_the_padding_does_not_matter(llama, windows):
@@ -222,7 +222,7 @@ def test_merged_statistics_are_those_of_all_tokens(llama):
     for block in blocks:
         assert both[block].tokens == fitting.numel()
         assert_moments(both[block], reference(llama, block, fitting))
-        assert both[block].heldout is first[block].heldout
+        assert both[block].validation is first[block].validation
         assert first[block].tokens == windows[:6].numel()  # neither is changed
         assert_moments(first[block], reference(llama, block, windows[:6]))
 
@@ -248,7 +248,7 @@ def assert_identical(statistics, again) -> None:
         for name in SUMS:
             first, second = getattr(s, name), getattr(again[block], name)
             assert first is second is None or torch.equal(first, second)
-        for part in ("train", "heldout"):
+        for part in ("train", "validation"):
             for first, second in zip(vars(getattr(s, part)).values(), vars(getattr(again[block], part)).values(), strict=True):
                 assert torch.equal(first, second)
                 assert first.dtype == second.dtype
@@ -266,14 +266,14 @@ def test_a_cached_capture_is_the_capture_and_runs_no_model(options, llama, windo
 
 @pytest.mark.parametrize(
     "change",
-    ["weights", "windows", "mask", "moments", "heldout_windows", "sample_windows"],
+    ["weights", "windows", "mask", "moments", "validation_windows", "sample_windows"],
 )
 def test_a_cached_capture_is_not_used_for_something_else(change, llama, windows, results, monkeypatch):
     capture_quietly(llama, windows, cached=True)
     options = {
         "mask": {"mask": torch.ones_like(windows)},
         "moments": {"moments": ("input",)},
-        "heldout_windows": {"heldout_windows": 3},
+        "validation_windows": {"validation_windows": 3},
         "sample_windows": {"sample_windows": 1},
     }.get(change, {})
     if change == "weights":

@@ -44,7 +44,7 @@ def planted(rank: int = HIDDEN) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pooled(replacement) -> float:
-    return replacement.report.heldout.pooled
+    return replacement.report.validation.pooled
 
 
 def matrix(replacement) -> torch.Tensor:
@@ -274,7 +274,7 @@ def test_the_report_holds_the_errors_of_the_samples(captured):
     report = small.report
     assert report.tokens == stats[blocks[1]].tokens == 72
     assert report.seconds > 0
-    for sample, errors in ((stats[blocks[1]].train, report.train), (stats[blocks[1]].heldout, report.heldout)):
+    for sample, errors in ((stats[blocks[1]].train, report.train), (stats[blocks[1]].validation, report.validation)):
         error = (small(sample.x) - sample.y).double().square().sum(-1).flatten()
         energy = sample.y.double().square().sum(-1).flatten()
         relative = error / energy
@@ -288,16 +288,16 @@ def test_the_report_holds_the_errors_of_the_samples(captured):
 def test_padding_is_in_no_error(block):
     x, y = planted()
     stats = statistics_of(x, y)
-    stats.heldout = sample_of(x[:20], y[:20])
-    stats.heldout.y[:, 10:] = 1e6
-    stats.heldout.mask[:, 10:] = False
+    stats.validation = sample_of(x[:20], y[:20])
+    stats.validation.y[:, 10:] = 1e6
+    stats.validation.mask[:, 10:] = False
     assert pooled(fit(block, {block: stats}, Linear(), ridge=TINY)) < 1e-9
 
 
-def test_without_heldout_windows_there_is_no_heldout_error(llama, windows):
-    blocks, stats = capture_quietly(llama, windows, heldout_windows=0)
+def test_without_validation_windows_there_is_no_validation_error(llama, windows):
+    blocks, stats = capture_quietly(llama, windows, validation_windows=0)
     report = fit(blocks[0], stats, Mean()).report
-    assert report.heldout is None
+    assert report.validation is None
     assert report.train is not None
 
 
@@ -319,7 +319,7 @@ def test_report_rows_are_tidy(captured):
     assert len(rows) == len(blocks) * len(FAMILIES) * 2
     keys = {(row["layer"], row["label"], row["split"]) for row in rows}
     assert len(keys) == len(rows)
-    row = next(r for r in rows if (r["layer"], r["family"], r["split"]) == (1, "NarrowMLP", "heldout"))
+    row = next(r for r in rows if (r["layer"], r["family"], r["split"]) == (1, "NarrowMLP", "validation"))
     small = fitted[blocks[1]][3]
-    assert row["median"] == small.report.heldout.median
+    assert row["median"] == small.report.validation.median
     assert row["share_of_block"] == pytest.approx(24 / INTERMEDIATE)
