@@ -5,7 +5,7 @@ Data flows one way: text → capture → fit → splice → evaluate → allocat
 
 from .allocate import allocate, narrow_widths
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
-from .capture import BlockStatistics, Sample, capture, merge
+from .capture import BlockStatistics, Sample, capture, merge, sample
 from .data import documents, load_windows
 from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
 from .fit import fit, fit_all

@@ -20,8 +20,9 @@ from .cache import Entry
 from .data import check_windows
 from .models import eval_mode
 
-MOMENTS = ("input", "hidden")
-SUMS = ("sum_x", "sum_y", "sum_h", "xx", "xy", "hh")
+MOMENTS = {"input": "xx", "hidden": "hh", "cross": "hx"}  # and the field that tells whether one was captured
+DEFAULT_MOMENTS = ("input", "hidden")
+SUMS = ("sum_x", "sum_y", "sum_h", "xx", "xy", "hh", "hx")
 
 
 @dataclass
@@ -52,17 +53,20 @@ class BlockStatistics:
     xx: Tensor | None = None  # [hidden, hidden] XᵀX
     xy: Tensor | None = None  # [hidden, hidden] XᵀY
     hh: Tensor | None = None  # [intermediate, intermediate] HᵀH
+    hx: Tensor | None = None  # [intermediate, hidden] HᵀX
     train: Sample | None = None  # windows that are in the moments too
     validation: Sample | None = None  # windows that are in no moment
     _parts: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
-    def require(self, moment: str) -> None:
-        """Raise ValueError unless ``moment`` was captured from at least two tokens."""
-        missing = (self.xx if moment == "input" else self.hh) is None
-        if missing:
-            raise ValueError(f"The {moment!r} moment was not captured: capture(..., moments=({moment!r}, ...)).")
+    def require(self, block: Block, *moments: str) -> None:
+        """Raise ValueError, with the name of ``block``, unless every moment was captured from at least two tokens."""
+        for moment in moments:
+            if getattr(self, MOMENTS[moment]) is None:
+                raise ValueError(
+                    f"{block.name}: the {moment!r} moment was not captured: capture(..., moments=({moment!r}, ...))."
+                )
         if self.tokens < 2:
-            raise ValueError(f"A fit needs at least 2 tokens, the statistics hold {self.tokens}.")
+            raise ValueError(f"{block.name}: a fit needs at least 2 tokens, the statistics hold {self.tokens}.")
 
 
 Statistics = dict[Block, BlockStatistics]
@@ -110,7 +114,11 @@ class _Collector:
     def hidden(self, module, args) -> None:
         if self.in_moments:
             h, s = self.flat(self.windows(args[0])), self.statistics
-            s.sum_h, s.hh = _add(s.sum_h, h.sum(0)), _add(s.hh, h.T @ h)
+            s.sum_h = _add(s.sum_h, h.sum(0))
+            if "hidden" in self.moments:
+                s.hh = _add(s.hh, h.T @ h)
+            if "cross" in self.moments:
+                s.hx = _add(s.hx, h.T @ self.flat(self.x))
 
     def exit(self, module, args, output) -> None:
         output, s = self.windows(_tensor(output)), self.statistics
@@ -144,7 +152,7 @@ def _hooks(collectors: dict[Block, _Collector]):
                 last.register_forward_hook(c.exit),
                 block.host.register_forward_hook(c.layer),
             ]
-            if "hidden" in c.moments and block.has_neurons:
+            if {"hidden", "cross"} & set(c.moments) and block.has_neurons:
                 handles.append(block.down.register_forward_pre_hook(c.hidden))
             for handle in handles:
                 stack.callback(handle.remove)
@@ -157,7 +165,7 @@ def capture(
     windows: Tensor,
     mask: Tensor | None = None,
     *,
-    moments: Collection[str] = MOMENTS,
+    moments: Collection[str] = DEFAULT_MOMENTS,
     validation_windows: int = 4,
     sample_windows: int | None = 4,
     batch_size: int = 4,
@@ -171,14 +179,15 @@ def capture(
         blocks: from :func:`~mlpreplace.blocks.find_blocks`; any number of them, one pass all the same.
         windows: token ids [windows, seq_len].
         mask: True (or 1) where a token is real, [windows, seq_len]; padding enters no moment and no error.
-        moments: "input" (XᵀX, XᵀY: Linear, LowRank) and "hidden" (HᵀH: NarrowMLP, the expensive one).
-        validation_windows: that many last windows enter no moment and measure the held-out error of fits.
-        sample_windows: that many first windows are kept as input/output pairs.
+        moments: "input" (XᵀX, XᵀY: Linear, LowRank), "hidden" (HᵀH: NarrowMLP, the expensive one) and "cross" (HᵀX:
+            NarrowPlusLinear, with the other two). A block without neurons has an input moment only.
+        validation_windows: that many last windows enter no moment and measure the error of fits on unseen tokens.
+        sample_windows: that many first windows are kept as input/output pairs; None keeps every window that is fitted on.
         batch_size: windows in one forward pass.
         cached: keep the result on disk, and take it from there when model, windows, options and code are the same.
 
     Returns:
-        {block: BlockStatistics}; memory does not depend on the number of windows.
+        {block: BlockStatistics}; memory depends on the windows sampled, not on their number in all.
 
     Raises:
         ValueError: unknown moment, no window left to fit on, a sequence longer than the model's context, or an
@@ -188,11 +197,11 @@ def capture(
     check_windows(windows, model, mask)
     unknown = set(moments) - set(MOMENTS)
     if unknown:
-        raise ValueError(f"Unknown moments {sorted(unknown)}; expected some of {MOMENTS}.")
+        raise ValueError(f"Unknown moments {sorted(unknown)}; expected some of {tuple(MOMENTS)}.")
     n_fit = len(windows) - validation_windows
     if n_fit < 1:
         raise ValueError(f"{len(windows)} windows minus validation_windows={validation_windows} leave none to fit on.")
-    sample_windows = min(sample_windows, n_fit)
+    sample_windows = n_fit if sample_windows is None else min(sample_windows, n_fit)
     if cached:
         options = set(moments), validation_windows, sample_windows, batch_size
         entry = Entry("capture", "capture", model, blocks, windows, mask, *options)
@@ -219,6 +228,25 @@ def capture(
     if cached:
         entry.save(_flatten(statistics))
     return statistics
+
+
+def sample(
+    model: nn.Module,
+    blocks: Iterable[Block],
+    windows: Tensor,
+    mask: Tensor | None = None,
+    *,
+    batch_size: int = 4,
+    cached: bool = False,
+    progress: bool = True,
+) -> dict[Block, Sample]:
+    """Input/output pairs of ``blocks`` on all of ``windows``, without any moment: to train on, or to measure errors on.
+
+    Arguments and errors are those of :func:`capture`. Memory: 2 · tokens · hidden numbers a block.
+    """
+    options = dict(batch_size=batch_size, cached=cached, progress=progress)
+    statistics = capture(model, blocks, windows, mask, moments=(), validation_windows=0, sample_windows=None, **options)
+    return {block: s.train for block, s in statistics.items()}
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
@@ -278,6 +306,7 @@ def _finish(block: Block, s: BlockStatistics, mask: Tensor | None, spans: dict[s
             setattr(s, part, Sample(x, y, r, keep.to(x.device)))
     s._parts.clear()
     tensors = [getattr(s, name) for name in SUMS]
+    tensors += [t[p.mask] for p in (s.train, s.validation) if p for t in (p.x, p.y)]  # validation windows are in no moment
     if not all(torch.isfinite(t).all() for t in tensors if t is not None):
         raise ValueError(
             f"Activations of {block.name} are not finite: check the model (a half-precision overflow?) and the text."

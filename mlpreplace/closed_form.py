@@ -49,9 +49,9 @@ def _centred(second: Tensor, left: Tensor, right: Tensor, tokens: int) -> Tensor
     return second - torch.outer(left, right) / tokens
 
 
-def _linear_map(s: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_map(block: Block, s: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Ridge regression on centred moments: A [hidden_in, hidden_out], b [hidden], and C = XᵀX + λI."""
-    s.require("input")
+    s.require(block, "input")
     c = _ridged(_centred(s.xx, s.sum_x, s.sum_x, s.tokens), ridge)
     a = torch.cholesky_solve(_centred(s.xy, s.sum_x, s.sum_y, s.tokens), torch.linalg.cholesky(c))
     return a, (s.sum_y - s.sum_x @ a) / s.tokens, c
@@ -72,7 +72,7 @@ def _(family: Mean, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[s
 
 @solve.register
 def _(family: Linear, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
-    a, b, _ = _linear_map(s, how.ridge)
+    a, b, _ = _linear_map(block, s, how.ridge)
     return {"weight": a.T, "bias": b}
 
 
@@ -81,7 +81,7 @@ def _(family: LowRank, block: Block, s: BlockStatistics, how: ClosedForm) -> dic
     """Reduced-rank regression (Izenman 1975): the best rank r in output error projects the ridge solution A on the
     leading eigenvectors of AᵀCA, which are the right singular vectors of C^{1/2}A; an SVD of A alone would not see C.
     """
-    a, _, c = _linear_map(s, how.ridge)
+    a, _, c = _linear_map(block, s, how.ridge)
     _, vectors = torch.linalg.eigh(a.T @ c @ a)  # ascending
     leading = vectors[:, -family.rank :]  # [hidden, rank]
     down = a @ leading  # [hidden, rank]

@@ -18,5 +18,5 @@ SELECTIONS = ("energy",)
 
 def select(block: Block, s: BlockStatistics, width: int, selection: str, ridge: float, seed: int) -> Tensor:
     """Indices of the ``width`` neurons to keep, [width], ascending."""
-    s.require("hidden")
+    s.require(block, "hidden")
     return output_energy(block, s).topk(width).indices.sort().values

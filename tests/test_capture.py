@@ -5,15 +5,15 @@ import torch
 from conftest import HIDDEN, INTERMEDIATE, READS_TOKENS, activations, build, capture_quietly, fail_after, random_windows
 from torch.testing import assert_close
 
-from mlpreplace import capture, find_blocks, merge
-from mlpreplace.capture import SUMS
+from mlpreplace import capture, find_blocks, merge, sample
+from mlpreplace.capture import MOMENTS, SUMS
 
 
 def reference(model, block, windows, mask=None) -> dict[str, torch.Tensor]:
     a = activations(model, block, windows, mask)
     x, y = a["x"], a["y"]
     sums = {"sum_x": x.sum(0), "sum_y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}
-    return sums | ({"sum_h": a["h"].sum(0), "hh": a["h"].T @ a["h"]} if "h" in a else {})
+    return sums | ({"sum_h": a["h"].sum(0), "hh": a["h"].T @ a["h"], "hx": a["h"].T @ x} if "h" in a else {})
 
 
 def assert_moments(statistics, expected) -> None:
@@ -35,14 +35,14 @@ def bytes_of(statistics) -> int:
     for s in statistics.values():
         flat += [getattr(s, name) for name in SUMS]
         flat += [t for part in (s.train, s.validation) for t in vars(part).values()]
-    return sum(t.nbytes for t in flat)
+    return sum(t.nbytes for t in flat if t is not None)
 
 
 @pytest.mark.parametrize("name", READS_TOKENS)
 def test_moments_are_those_of_the_stored_activations(name):
     """Also where a block is several modules (OPT, BERT) and where it has no neurons (Mixtral)."""
     model, windows = build(name), random_windows()
-    blocks, statistics = capture_quietly(model, windows)
+    blocks, statistics = capture_quietly(model, windows, moments=MOMENTS)
     for block in blocks:
         assert statistics[block].tokens == windows[:6].numel()
         assert_moments(statistics[block], reference(model, block, windows[:6]))
@@ -53,12 +53,12 @@ def test_samples_are_whole_windows(name):
     model, windows = build(name), random_windows()
     blocks, statistics = capture_quietly(model, windows)
     for block in blocks:
-        for sample, part in ((statistics[block].train, windows[:2]), (statistics[block].validation, windows[6:])):
+        for pairs, part in ((statistics[block].train, windows[:2]), (statistics[block].validation, windows[6:])):
             a = activations(model, block, part)
-            assert sample.x.shape == sample.y.shape == (*part.shape, HIDDEN)
-            assert_close(sample.x.double().flatten(0, 1), a["x"], rtol=1e-4, atol=1e-4)
-            assert_close(sample.y.double().flatten(0, 1), a["y"], rtol=1e-4, atol=1e-4)
-            assert sample.tokens == part.numel()
+            assert pairs.x.shape == pairs.y.shape == (*part.shape, HIDDEN)
+            assert_close(pairs.x.double().flatten(0, 1), a["x"], rtol=1e-4, atol=1e-4)
+            assert_close(pairs.y.double().flatten(0, 1), a["y"], rtol=1e-4, atol=1e-4)
+            assert pairs.tokens == part.numel()
 
 
 def test_attention_blocks_are_captured_from_their_keyword_arguments(llama, windows):
@@ -92,17 +92,17 @@ def test_the_residual_energy_is_that_of_the_layer_output(llama, windows):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_batch_size_changes_nothing(name, batch_size):
     model, windows = build(name), random_windows()
-    blocks, statistics = capture_quietly(model, windows, batch_size=batch_size)
+    blocks, statistics = capture_quietly(model, windows, moments=MOMENTS, batch_size=batch_size)
     for block in blocks:
         assert_moments(statistics[block], reference(model, block, windows[:6]))
         assert len(statistics[block].train.x) == len(statistics[block].validation.x) == 2
 
 
 def test_validation_windows_are_in_no_moment(llama, windows):
-    blocks, statistics = capture_quietly(llama, windows)
+    blocks, statistics = capture_quietly(llama, windows, moments=MOMENTS)
     changed = windows.clone()
     changed[6:] = random_windows(2, seed=1)
-    _, again = capture_quietly(llama, changed)
+    _, again = capture_quietly(llama, changed, moments=MOMENTS)
     for block in blocks:
         assert all(torch.equal(getattr(statistics[block], name), getattr(again[block], name)) for name in SUMS)
         assert not torch.equal(statistics[block].validation.x, again[block].validation.x)
@@ -119,8 +119,7 @@ def right_padded(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_padding_is_in_no_moment(name):
     model = build(name)
     padded, mask = right_padded(random_windows())
-    blocks = find_blocks(model)
-    statistics = capture(model, blocks, padded, mask, validation_windows=2, sample_windows=2, batch_size=3, progress=False)
+    blocks, statistics = capture_quietly(model, padded, mask=mask, moments=MOMENTS, batch_size=3)
     for block in blocks:
         assert statistics[block].tokens == int(mask[:6].sum()) < padded[:6].numel()
         assert_moments(statistics[block], reference(model, block, padded[:6], mask[:6]))
@@ -130,8 +129,8 @@ def test_padding_is_in_no_moment(name):
 
 def test_what_stands_in_the_padding_does_not_matter(llama, windows):
     padded, mask = right_padded(windows)
-    statistics = capture_quietly(llama, padded, mask=mask)[1]
-    again = capture_quietly(llama, padded.masked_fill(~mask, 7), mask=mask)[1]
+    statistics = capture_quietly(llama, padded, mask=mask, moments=MOMENTS)[1]
+    again = capture_quietly(llama, padded.masked_fill(~mask, 7), mask=mask, moments=MOMENTS)[1]
     for block, s in statistics.items():
         for name in SUMS:
             assert_close(getattr(s, name), getattr(again[block], name), rtol=1e-5, atol=1e-5)
@@ -165,7 +164,13 @@ def test_dropout_is_off_while_capturing(gpt2, windows):
 
 @pytest.mark.parametrize(
     ("moments", "missing"),
-    [(("input",), {"sum_h", "hh"}), (("hidden",), {"sum_x", "xx", "xy"}), ((), {"sum_x", "xx", "xy", "sum_h", "hh"})],
+    [
+        (("input",), {"sum_h", "hh", "hx"}),
+        (("hidden",), {"sum_x", "xx", "xy", "hx"}),
+        (("cross",), {"sum_x", "xx", "xy", "hh"}),
+        (("input", "hidden"), {"hx"}),
+        ((), {"sum_x", "xx", "xy", "sum_h", "hh", "hx"}),
+    ],
 )
 def test_only_the_moments_asked_for_are_kept(moments, missing, llama, windows):
     _, statistics = capture_quietly(llama, windows, moments=moments)
@@ -180,10 +185,46 @@ def test_memory_does_not_grow_with_the_text(llama):
     assert few >= 3 * moments
 
 
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_every_fitting_window_can_be_sampled(n, llama):
+    """Those the moments are of, in order, and no validation window."""
+    windows = random_windows(n + 2)
+    blocks, statistics = capture_quietly(llama, windows, sample_windows=None, batch_size=2)
+    for block in blocks:
+        s = statistics[block]
+        assert_close(s.train.x.double().flatten(0, 1), activations(llama, block, windows[:n])["x"], rtol=1e-4, atol=1e-4)
+        x = s.train.x.flatten(0, 1).double()
+        assert_close(x.T @ x, s.xx, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "mixtral"])
+def test_a_sample_is_every_window_and_nothing_else(name):
+    model = build(name)
+    padded, mask = right_padded(random_windows())
+    blocks = find_blocks(model)
+    pairs = sample(model, blocks, padded, mask, batch_size=3, progress=False)
+    _, statistics = capture_quietly(model, padded, mask=mask, sample_windows=8, validation_windows=0)
+    assert list(pairs) == blocks
+    for block, pair in pairs.items():
+        assert torch.equal(pair.mask, mask)
+        for field in ("x", "y", "residual_energy"):
+            expected = getattr(statistics[block].train, field)
+            assert_close(getattr(pair, field)[mask], expected[mask], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_name_the_block(value, llama, windows):
+@pytest.mark.parametrize("how", [{}, {"moments": ()}, {"moments": (), "validation_windows": 0}])
+def test_activations_that_are_not_finite_name_the_block(how, value, llama, windows):
     llama.model.layers[1].mlp.down_proj.weight.data[0, 0] = value
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp are not finite"):
+        capture_quietly(llama, windows, **how)
+
+
+def test_a_validation_token_that_is_not_finite_names_the_block(llama, windows):
+    """It is in no moment: the token stands in the last window alone."""
+    windows[7, 3] = 2
+    llama.model.embed_tokens.weight.data[2] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp are not finite"):
         capture_quietly(llama, windows)
 
 
@@ -215,8 +256,8 @@ def test_blocks_of_another_model_are_refused(llama, windows):
 def test_merged_statistics_are_those_of_all_tokens(llama):
     """Two captures without an overlap, and their sum against the stored activations of both."""
     windows = random_windows(16)
-    blocks, first = capture_quietly(llama, windows[:8])
-    _, second = capture_quietly(llama, windows[8:])
+    blocks, first = capture_quietly(llama, windows[:8], moments=MOMENTS)
+    _, second = capture_quietly(llama, windows[8:], moments=MOMENTS)
     both = merge(first, second)
     fitting = torch.cat([windows[:6], windows[8:14]])
     for block in blocks:
