@@ -24,5 +24,6 @@ from .replacements import (
 from .reports import Errors, FitReport, TrainingReport, report_rows
 from .results import result_rows
 from .splice import load, save, sparsity, splice, spliced
+from .train import Training
 
 __version__ = "0.1.0"

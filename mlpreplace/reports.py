@@ -35,31 +35,31 @@ class Errors:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """How a training went. Losses are those of the objective; the curves start before the first step, at the closed form."""
+    """How a training went. The curves hold one value a check and begin at the closed form, before the first step."""
 
     loss: str  # "mse", "cosine" or "both"
-    train_curve: list[float]  # mean over an epoch; the first entry is of the start
+    curve_tokens: list[int]  # tokens that had passed, each epoch counted
+    train_curve: list[float]  # mean objective since the check before
     validation_curve: list[float]
     steps: int
-    tokens: int  # tokens that passed, every epoch counted
     seconds: float
-    stopped: str  # "finished", "early" (no improvement for a while) or "diverged" (a loss that is not finite)
+    stopped: str  # "finished", "early" (no new best for a while) or "diverged" (a loss that is not finite)
 
     @property
-    def best_epoch(self) -> int:
-        """The epoch whose state was kept; 0 is the closed form the training started from."""
+    def best_check(self) -> int:
+        """The check whose parameters were kept; 0 is the closed form the training started from."""
         return min(range(len(self.validation_curve)), key=self.validation_curve.__getitem__)
 
     @property
     def improved(self) -> bool:
         """Whether training beat its start on the validation windows; where it did not, the start is what was returned."""
-        return self.best_epoch > 0
+        return self.best_check > 0
 
 
 @dataclass(frozen=True)
 class FitReport:
     """How a fit went. ``train`` is on sampled tokens that are in the moments, ``validation`` on tokens that no moment and no
-    gradient saw; where there was a training, they chose its best epoch.
+    gradient saw; where there was a training, they chose its best check.
     """
 
     tokens: int  # in the moments

@@ -1,0 +1,217 @@
+"""Block-wise training: a replacement's module goes on from its closed form, on captured input/output pairs alone.
+
+A step needs one block, no vocabulary and no other layer, so it costs milliseconds where distillation of the whole model
+costs seconds. Everything is a function of the seed: the same run twice gives the same bits, and so does a run that was
+killed and started again, since each check leaves a checkpoint behind.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .cache import Entry
+from .capture import Sample
+from .reports import TrainingReport
+
+LOSSES = ("mse", "cosine", "both")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train. Raises ValueError for values that make no sense.
+
+    "mse" is Σ‖g(x) − y‖² / Σ‖y‖², what the closed forms minimise; "cosine" the mean of 1 − cos(g(x), y), blind to length;
+    "both" their sum.
+    """
+
+    loss: str = "mse"
+    epochs: int = 4
+    learning_rate: float = 1e-3  # of Adam, at the end of the warm-up; decays to zero along a half cosine
+    warmup: float = 0.05  # share of the steps
+    batch_tokens: int = 256  # whole windows, at least one, where a family looks back
+    check_tokens: int = 8192  # between two looks at the validation windows
+    patience: int = 6  # checks without a new best before stopping
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"Unknown loss {self.loss!r}; expected one of {', '.join(LOSSES)}.")
+        for name in ("epochs", "learning_rate", "batch_tokens", "check_tokens", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Expected {name} > 0, got {getattr(self, name)}.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"Expected 0 ≤ warmup < 1, got {self.warmup}.")
+
+
+class _Pairs:
+    """Inputs and outputs to draw minibatches from: single real tokens, or whole windows where a family looks back."""
+
+    def __init__(self, sample: Sample, whole_windows: bool, dtype: torch.dtype):
+        x, y = sample.x.to(dtype), sample.y.to(dtype)  # [windows, seq_len, hidden]
+        self.mask = sample.mask if whole_windows else None
+        self.x, self.y = (x, y) if whole_windows else (x[sample.mask], y[sample.mask])  # [items, (seq_len,) hidden]
+        self.tokens_per_item = x.shape[1] if whole_windows else 1
+        self.energy = y[sample.mask].square().sum(-1).mean()  # of a token's output
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def errors(self, body: nn.Module, items: Tensor | slice, loss: str, energy: Tensor) -> Tensor:
+        """The objective of each real token of ``items``, [tokens]; ``energy`` makes the squared error relative."""
+        g, y = body(self.x[items]), self.y[items]
+        if self.mask is not None:
+            g, y = g[self.mask[items]], y[self.mask[items]]
+        mse = (g - y).square().sum(-1) / energy if loss != "cosine" else 0
+        cosine = 1 - torch.cosine_similarity(g, y, dim=-1) if loss != "mse" else 0
+        return mse + cosine
+
+    @torch.no_grad()
+    def mean_error(self, body: nn.Module, loss: str, energy: Tensor, tokens: int = 4096) -> float:
+        step = max(1, tokens // self.tokens_per_item)
+        parts = [self.errors(body, slice(i, i + step), loss, energy) for i in range(0, len(self), step)]
+        return torch.cat(parts).double().mean().item()
+
+
+def _learning_rate(how: Training, step: int, steps: int) -> float:
+    done = step / steps
+    if done < how.warmup:
+        return how.learning_rate * (step + 1) / math.ceil(how.warmup * steps)
+    return how.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - how.warmup) / (1 - how.warmup)))
+
+
+class _State:
+    """All that a training run is at a check, as tensors: parameters, the best of them, Adam's moments and the curves."""
+
+    def __init__(self, body: nn.Module):
+        self.parameters = dict(body.named_parameters())
+        self.optimizer = torch.optim.Adam(self.parameters.values(), betas=(0.9, 0.99))
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.curves: list[tuple[float, float, float]] = []  # tokens, training loss, validation loss
+        self.step, self.seconds = 0, 0.0
+
+    def record(self, tokens: int, train_loss: float, validation_loss: float) -> None:
+        if self.curves and validation_loss < min(v for _, _, v in self.curves):
+            for name, p in self.parameters.items():
+                self.best[name].copy_(p.detach())
+        self.curves.append((tokens, train_loss, validation_loss))
+
+    @property
+    def checks_since_best(self) -> int:
+        losses = [v for _, _, v in self.curves]
+        return len(losses) - 1 - losses.index(min(losses))
+
+    def save(self, entry: Entry) -> None:
+        tensors = {f"parameter/{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"best/{name}": p for name, p in self.best.items()}
+        for name, p in self.parameters.items():
+            tensors |= {f"adam/{name}/{key}": value for key, value in self.optimizer.state[p].items()}
+        tensors["curves"] = torch.tensor(self.curves, dtype=torch.float64)
+        tensors["progress"] = torch.tensor([self.step, self.seconds], dtype=torch.float64)
+        entry.save(tensors)
+
+    def load(self, entry: Entry) -> bool:
+        """Take up what ``save`` left; False where there is nothing."""
+        if (tensors := entry.load()) is None:
+            return False
+        for name, p in self.parameters.items():
+            p.data.copy_(tensors[f"parameter/{name}"])
+            self.best[name].copy_(tensors[f"best/{name}"])
+            prefix = f"adam/{name}/"
+            self.optimizer.state[p] = {
+                key.removeprefix(prefix): t if t.dim() == 0 else t.to(p.device)
+                for key, t in tensors.items()
+                if key.startswith(prefix)
+            }
+        self.curves = [tuple(row) for row in tensors["curves"].tolist()]
+        self.step, self.seconds = int(tensors["progress"][0]), float(tensors["progress"][1])
+        return True
+
+
+def train(
+    body: nn.Module,
+    fitting: Sample,
+    validation: Sample,
+    how: Training,
+    *,
+    whole_windows: bool = False,
+    seed: int = 0,
+    checkpoint: Entry | None = None,
+    progress: bool = True,
+) -> TrainingReport:
+    """Train ``body`` in place with Adam and leave it at its best check, which may be its start.
+
+    Args:
+        body: the module as its closed form left it, in at least float32.
+        fitting: the pairs to train on; ``validation``: the pairs that decide which check was best and when to stop.
+        whole_windows: minibatches of windows instead of single tokens, for modules that look at earlier tokens.
+        seed: of the order of minibatches.
+        checkpoint: where to keep the state of every check, to go on from after an interruption.
+
+    Raises:
+        ValueError: no pairs, or a start whose loss is not finite.
+    """
+    pairs, unseen = (_Pairs(s, whole_windows, next(body.parameters()).dtype) for s in (fitting, validation))
+    if not len(pairs) or not len(unseen):
+        raise ValueError("Training needs real tokens in the training and in the validation sample.")
+    per_batch = min(len(pairs), max(1, how.batch_tokens // pairs.tokens_per_item))
+    per_epoch = len(pairs) // per_batch
+    steps = how.epochs * per_epoch
+    every = max(1, how.check_tokens // (per_batch * pairs.tokens_per_item))
+    state = _State(body.requires_grad_(True))
+    if checkpoint is None or not state.load(checkpoint):
+        energies = pairs.mean_error(body, how.loss, pairs.energy), unseen.mean_error(body, how.loss, pairs.energy)
+        if not all(math.isfinite(e) for e in energies):
+            raise ValueError("The start's error is not finite: the activations, or the closed form, hold NaN or infinity.")
+        state.record(0, *energies)
+
+    stopped, start, before = "finished", time.perf_counter(), state.seconds
+    losses: list[Tensor] = []
+    bar = tqdm(total=steps, initial=state.step, desc="train", unit="step", disable=not progress, leave=False)
+    with bar:
+        while state.step < steps:
+            if state.checks_since_best >= how.patience:
+                stopped = "early"
+                break
+            epoch, batch = divmod(state.step, per_epoch)
+            if batch == 0 or not losses:
+                order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(pairs))).to(pairs.x.device)
+            for group in state.optimizer.param_groups:
+                group["lr"] = _learning_rate(how, state.step, steps)
+            loss = pairs.errors(body, order[batch * per_batch : (batch + 1) * per_batch], how.loss, pairs.energy).mean()
+            state.optimizer.zero_grad()
+            loss.backward()
+            state.optimizer.step()
+            state.step += 1
+            losses.append(loss.detach())
+            bar.update()
+            if state.step % every and state.step < steps:
+                continue
+            checked = torch.stack(losses).mean().item(), unseen.mean_error(body, how.loss, pairs.energy)
+            losses.clear()
+            if not all(math.isfinite(e) for e in checked):
+                stopped = "diverged"
+                break
+            state.record(state.step * per_batch * pairs.tokens_per_item, *checked)
+            state.seconds = before + time.perf_counter() - start
+            bar.set_postfix(validation=f"{checked[1]:.4f}")
+            if checkpoint is not None:
+                state.save(checkpoint)
+    for name, p in state.parameters.items():
+        p.data.copy_(state.best[name])
+    body.requires_grad_(False)
+    tokens, train_curve, validation_curve = zip(*state.curves, strict=True)
+    return TrainingReport(
+        loss=how.loss,
+        curve_tokens=[int(t) for t in tokens],
+        train_curve=list(train_curve),
+        validation_curve=list(validation_curve),
+        steps=state.step,
+        seconds=before + time.perf_counter() - start,
+        stopped=stopped,
+    )
