@@ -3,12 +3,14 @@
 Data flows one way: text → capture → fit → splice → evaluate → allocate → figure.
 """
 
+from . import starts  # the closed forms of the hybrids, so that solve knows them
 from .allocate import allocate, narrow_widths
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
 from .capture import BlockStatistics, Sample, capture, merge, sample
 from .data import documents, load_windows
 from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
 from .fit import fit, fit_all
+from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock
 from .models import Source, load_model, resolve_device
 from .replacements import (
     Family,

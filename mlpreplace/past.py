@@ -1,12 +1,160 @@
-"""What a replacement that looks back remembers of earlier tokens while a model generates."""
+"""What a replacement that looks back must know of the call it is part of: which sequences, and what came before them.
+
+A block sees hidden states and nothing else, so a hook on the layer it stands in finds the cache among the layer's
+arguments. What a replacement has to remember is kept in that cache, as one more of its layers: beam search, cropping
+and copying then work on it as they do on the model's own keys and values.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 
+class RecentLayer(DynamicLayer):
+    """A cache layer that keeps the last ``window - 1`` tokens, and those of the last call so that it can be taken back.
+
+    It is no sliding layer to transformers, which would make attention masks by its length.
+    """
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.window = window
+        self.cumulative_length = 0  # all tokens so far, those forgotten too; ``reset`` knows this name
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            keep = min(self.window - 1, self.keys.shape[-2])
+            self.keys, self.values = (t[..., t.shape[-2] - keep :, :] for t in (self.keys, self.values))
+        self.cumulative_length += keys.shape[-2]
+        return super().update(keys, values)
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        left = self.cumulative_length + tokens_to_remove
+        if self.is_initialized and tokens_to_remove < 0:
+            if self.keys.shape[-2] + tokens_to_remove < min(self.window - 1, left):
+                raise ValueError("A replacement with a convolution keeps too few tokens to crop more than the last call.")
+            self.cumulative_length = left
+        super().crop(tokens_to_remove)
+
+
+@dataclass(frozen=True)
 class Past:
-    """Where a replacement keeps, and gets back, what it needs of earlier tokens."""
+    """One call of one replacement: the shape of its sequences, and the cache they continue (None: they start here)."""
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    owner: str  # the block's name, by which the replacement finds its layer in the cache
+    shape: torch.Size  # [batch, seq_len], also where the layer flattens its tokens (OPT)
+    cache: DynamicCache | None
+
+    def windows(self, x: Tensor) -> Tensor:
+        """[..., hidden] → [batch, seq_len, hidden]"""
+        return x.reshape(*self.shape, x.shape[-1])
+
+    @property
+    def layer(self) -> DynamicLayer | None:
+        """The replacement's own layer of the cache; None before its first call."""
+        layers = self.cache.layers if self.cache is not None else ()
+        return next((layer for layer in layers if getattr(layer, "owner", None) == self.owner), None)
+
+    def extend(self, keys: Tensor, values: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """Remember keys and values of new tokens; returns them after those of earlier tokens, [batch, heads, tokens, width].
+
+        Args:
+            window: how many tokens, the present one included, an output depends on; None for all of them.
+        """
+        if self.cache is None:
+            return keys, values
+        layer = self.layer
+        if layer is None:
+            layer = DynamicLayer() if window is None else RecentLayer(window)
+            layer.owner = self.owner
+            self.cache.layers.append(layer)
+        return layer.update(keys, values)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Hooks of a layer that tell the replacement in it which call it is in. They find it by its path, never by reference:
+    a copy of the model then watches over its own replacement.
+    """
+
+    path: str  # of the replacement within the layer
+    layer: int
+    depth: int  # layers of the model, each with one layer of the cache
+
+    def enter(self, host: nn.Module, args: tuple, kwargs: dict) -> None:
+        replacement = host.get_submodule(self.path)
+        if not getattr(getattr(replacement, "family", None), "looks_back", False):  # by now replaced by another one
+            return
+        arguments = _signature(type(host).forward).bind_partial(host, *args, **kwargs).arguments
+        hidden_states = list(arguments.values())[1]  # after the layer itself
+        name = replacement.block_name
+        past = Past(name, hidden_states.shape[:-1], self._cache([*args, *kwargs.values()], name))
+        remembered = past.layer.get_seq_length() if past.layer is not None else 0
+        seen = past.cache.get_seq_length(self.layer) if past.cache is not None else 0
+        if remembered != seen:
+            raise ValueError(
+                f"The cache holds {seen} tokens, but the replacement of {name} saw {remembered} of them: "
+                "start with the cache of this model, or with an empty one."
+            )
+        if not seen and _first_is_padding(arguments.get("attention_mask")):
+            raise ValueError(
+                f"{replacement.family} in {name} looks at earlier tokens and cannot tell padding from text: "
+                'pad on the right (tokenizer.padding_side = "right"), or run sequences of one length.'
+            )
+        replacement.past = past
+
+    def leave(self, host: nn.Module, args: tuple, output) -> None:
+        replacement = host.get_submodule(self.path)
+        if getattr(replacement, "past", None) is not None:
+            replacement.past = None
+
+    def _cache(self, arguments: list, name: str) -> DynamicCache | None:
+        """The cache among a layer's arguments, whatever its name there, with every layer of the model in place."""
+        cache = next((a for a in arguments if isinstance(a, Cache | EncoderDecoderCache)), None)
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if cache is None:
+            return None
+        if not isinstance(cache, DynamicCache) or cache.offloading:
+            raise ValueError(
+                f"The replacement of {name} looks at earlier tokens, and an offloaded or {type(cache).__name__} cannot "
+                "keep them: use a plain DynamicCache, or use_cache=False."
+            )
+        while len(cache.layers) < self.depth:  # a cache made without a config grows as layers are used; ours come last
+            cache.layers.append(cache.layer_class_to_replicate())
+        return cache
+
+
+def watch(host: nn.Module, path: str, layer: int, depth: int) -> list[RemovableHandle]:
+    """Let the replacement at ``path`` within ``host``, layer number ``layer`` of ``depth``, know of each call's past."""
+    hooks = _Watch(path, layer, depth)
+    return [
+        host.register_forward_pre_hook(hooks.enter, with_kwargs=True),
+        host.register_forward_hook(hooks.leave, always_call=True),  # also after an error, or the past would outlive it
+    ]
+
+
+@lru_cache
+def _signature(forward: Callable) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _first_is_padding(mask) -> bool:
+    """Whether in any sequence the first token is hidden from itself. A sliding window does not do that, left padding does."""
+    if not isinstance(mask, Tensor):
+        return False
+    if mask.dim() == 2:  # [batch, tokens], where attention takes the padding itself
+        return bool((mask[:, 0] == 0).any())
+    first = mask[:, 0, 0, 0]  # [batch, heads, queries, keys]: True, or 0 to add, where a key is seen
+    return bool((~first if mask.dtype == torch.bool else first < torch.finfo(mask.dtype).min / 2).any())

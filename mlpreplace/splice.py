@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .blocks import Block, block_parameters, find_blocks
 from .cache import whole_folder
 from .models import Source, load_model
+from .past import watch
 from .replacements import Family, FitReport, Replacement
 
 Plan = Mapping[Block, Replacement]
@@ -37,11 +39,19 @@ def _check(model: nn.Module, plan: Plan) -> None:
             raise ValueError(f"The replacement for {block.name} was fitted to {replacement.block_name}.")
 
 
-def _put(model: nn.Module, block: Block, replacement: Replacement) -> None:
-    """The first module of the block becomes the replacement; what followed inside the block has no work left."""
+def _put(model: nn.Module, block: Block, replacement: Replacement) -> list[RemovableHandle]:
+    """The first module of the block becomes the replacement; what followed inside the block has no work left.
+
+    Returns the hooks by which a replacement that looks back learns what came before.
+    """
     model.set_submodule(block.paths[0], replacement)
     for path in block.paths[1:]:
         model.set_submodule(path, nn.Identity())
+    if not replacement.family.looks_back:
+        return []
+    host = f"{block.stack}.{block.layer}"
+    within = block.paths[0].removeprefix(f"{host}.")
+    return watch(model.get_submodule(host), within, block.layer, len(model.get_submodule(block.stack)))
 
 
 @contextmanager
@@ -52,11 +62,14 @@ def spliced(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """
     _check(model, plan)
     before = [(path, model.get_submodule(path)) for block in plan for path in block.paths]
+    hooks: list[RemovableHandle] = []
     try:
         for block, replacement in plan.items():
-            _put(model, block, replacement)
+            hooks += _put(model, block, replacement)
         yield model
     finally:
+        for hook in hooks:
+            hook.remove()
         for path, module in before:
             model.set_submodule(path, module)
 
