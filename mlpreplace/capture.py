@@ -250,9 +250,9 @@ def sample(
 
 
 def merge(first: Statistics, second: Statistics) -> Statistics:
-    """Statistics over the tokens of both, which must not overlap: sums add up, the samples are those of ``first``.
+    """Statistics over the tokens of both, which must not overlap: sums add up, samples are put together.
 
-    Raises ValueError when the two are not of the same blocks and moments.
+    Raises ValueError when the two are not of the same blocks and moments, or their samples not of the same sequence length.
     """
     if set(first) != set(second):
         raise ValueError("The two statistics are of different blocks.")
@@ -262,8 +262,18 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         if any((getattr(a, name) is None) != (getattr(b, name) is None) for name in SUMS):
             raise ValueError(f"The two statistics of {block.name} hold different moments.")
         sums = {name: getattr(a, name) + getattr(b, name) for name in SUMS if getattr(a, name) is not None}
-        merged[block] = BlockStatistics(a.tokens + b.tokens, **sums, train=a.train, validation=a.validation)
+        samples = {part: _join(getattr(a, part), getattr(b, part), block) for part in ("train", "validation")}
+        merged[block] = BlockStatistics(a.tokens + b.tokens, **sums, **samples)
     return merged
+
+
+def _join(a: Sample | None, b: Sample | None, block: Block) -> Sample | None:
+    if a is None or b is None:
+        return a or b
+    if a.mask.shape[1] != b.mask.shape[1]:
+        lengths = f"{a.mask.shape[1]} and {b.mask.shape[1]}"
+        raise ValueError(f"The two samples of {block.name} are of windows of different lengths, {lengths} tokens.")
+    return Sample(*(torch.cat([getattr(a, f.name), getattr(b, f.name)]) for f in fields(Sample)))
 
 
 def _flatten(statistics: Statistics) -> dict[str, Tensor]:
