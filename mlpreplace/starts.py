@@ -116,13 +116,13 @@ def _cluster(block: Block, s: BlockStatistics, own: Tensor) -> BlockStatistics:
     x, y = x[own].to(s.sum_x), y[own].to(s.sum_x)
     sums = {"sum_x": x.sum(0), "sum_y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}
     if block.has_neurons and s.hh is not None:
-        h = _neurons(block, x)
+        h = neurons(block, x)
         sums |= {"sum_h": h.sum(0), "hh": h.T @ h}
     sums = {name: own_sum + getattr(s, name) * (block.hidden_size / s.tokens) for name, own_sum in sums.items()}
     return BlockStatistics(len(x) + block.hidden_size, **sums, train=sample)
 
 
-def _neurons(block: Block, x: Tensor) -> Tensor:
+def neurons(block: Block, x: Tensor) -> Tensor:
     """What enters the block's output projection, [tokens, intermediate], in the precision of ``x``."""
     w = block.weights()
 
