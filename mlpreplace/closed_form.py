@@ -1,8 +1,8 @@
 """Closed-form fits: statistics in, parameters out. Also what every training starts from.
 
 Every solver minimises the squared output error over the calibration tokens with a relative ridge λ·mean(diag), in
-float64. Ridge means: NarrowMLP is pulled towards the block's own output weights (so full width returns the block
-exactly), Linear and LowRank towards the mean output.
+float64. Ridge means: kept neurons are pulled towards the block's own output weights (so full width returns the block
+exactly), all else towards the mean output.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from .algebra import centred, factor, least_squares, ridged
 from .blocks import Block
 from .capture import BlockStatistics
-from .replacements import Family, Linear, LowRank, Mean, NarrowMLP
-from .selection import SELECTIONS, select
+from .replacements import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear
+from .selection import SELECTIONS, hidden_moment, select
 
 RIDGE = 1e-2
 
@@ -36,25 +37,22 @@ class ClosedForm:
             raise ValueError(f"Expected ridge ≥ 0, got {self.ridge}.")
 
 
-def _ridged(c: Tensor, ridge: float) -> Tensor:
-    """C + λ·mean(diag C)·I, positive definite for λ > 0 however few the tokens. Raises ValueError for C = 0."""
-    scale = c.diagonal().mean()
-    if scale <= 0:
-        raise ValueError("The activations are all zero: there is nothing to fit.")
-    return c + ridge * scale * torch.eye(len(c), dtype=c.dtype, device=c.device)
-
-
-def _centred(second: Tensor, left: Tensor, right: Tensor, tokens: int) -> Tensor:
-    """AᵀB − n·āᵀb̄ from the uncentred moment and the sums."""
-    return second - torch.outer(left, right) / tokens
-
-
-def _linear_map(block: Block, s: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Ridge regression on centred moments: A [hidden_in, hidden_out], b [hidden], and C = XᵀX + λI."""
+def _linear_map(block: Block, s: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression on centred moments: A [hidden_in, hidden_out] and the centred XᵀY it was solved for."""
     s.require(block, "input")
-    c = _ridged(_centred(s.xx, s.sum_x, s.sum_x, s.tokens), ridge)
-    a = torch.cholesky_solve(_centred(s.xy, s.sum_x, s.sum_y, s.tokens), torch.linalg.cholesky(c))
-    return a, (s.sum_y - s.sum_x @ a) / s.tokens, c
+    xy = centred(s.xy, s.sum_x, s.sum_y, s.tokens)
+    return least_squares(block, centred(s.xx, s.sum_x, s.sum_x, s.tokens), xy, ridge), xy
+
+
+def _reduced_rank(a: Tensor, xy: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best map of a rank in output error, as its factors [in, rank] and [rank, out] (Izenman 1975).
+
+    It projects the ridge solution A = C⁻¹XᵀY on the leading eigenvectors of AᵀCA = AᵀXᵀY, which are the right singular
+    vectors of C^{1/2}A; an SVD of A alone would not see C.
+    """
+    _, vectors = torch.linalg.eigh(a.T @ xy)  # ascending
+    leading = vectors[:, -rank:]  # [out, rank]
+    return a @ leading, leading.T
 
 
 @singledispatch
@@ -72,21 +70,30 @@ def _(family: Mean, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[s
 
 @solve.register
 def _(family: Linear, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
-    a, b, _ = _linear_map(block, s, how.ridge)
-    return {"weight": a.T, "bias": b}
+    a, _ = _linear_map(block, s, how.ridge)
+    return {"weight": a.T, "bias": (s.sum_y - s.sum_x @ a) / s.tokens}
 
 
 @solve.register
 def _(family: LowRank, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
-    """Reduced-rank regression (Izenman 1975): the best rank r in output error projects the ridge solution A on the
-    leading eigenvectors of AᵀCA, which are the right singular vectors of C^{1/2}A; an SVD of A alone would not see C.
-    """
-    a, _, c = _linear_map(block, s, how.ridge)
-    _, vectors = torch.linalg.eigh(a.T @ c @ a)  # ascending
-    leading = vectors[:, -family.rank :]  # [hidden, rank]
-    down = a @ leading  # [hidden, rank]
-    bias = (s.sum_y - s.sum_x @ down @ leading.T) / s.tokens
-    return {"0.weight": down.T, "1.weight": leading, "1.bias": bias}
+    """Reduced-rank regression."""
+    down, up = _reduced_rank(*_linear_map(block, s, how.ridge), family.rank)
+    return {"0.weight": down.T, "1.weight": up.T, "1.bias": (s.sum_y - s.sum_x @ down @ up) / s.tokens}
+
+
+def _sliced(block: Block, kept: Tensor) -> dict[str, Tensor]:
+    """The input side of the kept neurons, in the names of a NarrowMLP's state dict."""
+    weights = block.weights()
+    named = {"up.weight": weights.up, "gate.weight": weights.gate, "up.bias": weights.up_bias, "gate.bias": weights.gate_bias}
+    return {name: tensor[kept] for name, tensor in named.items() if tensor is not None}
+
+
+def _keep(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> tuple[Tensor, Tensor]:
+    """Indices of the neurons to keep and of the others, ascending."""
+    kept = select(block, s, width, how.selection, how.ridge, how.seed)
+    dropped = torch.ones(len(s.hh), dtype=torch.bool, device=kept.device)
+    dropped[kept] = False
+    return kept, dropped.nonzero().squeeze(1)
 
 
 @solve.register
@@ -94,26 +101,42 @@ def _(family: NarrowMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> d
     """Keep the neurons P that ``how.selection`` chooses, then give the kept ones the work of the dropped ones Q:
     W' = W_P + (C_PP + λI)⁻¹ C_PQ W_Q with C = HᵀH, centred where the block has an output bias to take up the mean.
     """
-    weights = block.weights()
-    kept = select(block, s, family.width, how.selection, how.ridge, how.seed)
-    dropped = torch.ones(block.intermediate_size, dtype=torch.bool, device=kept.device)
-    dropped[kept] = False
+    kept, dropped = _keep(block, s, family.width, how)
+    down = block.weights().down.to(s.hh).T  # [intermediate, hidden]
+    solved = down[kept]
+    if len(dropped):
+        c = hidden_moment(block, s)
+        solved = solved + least_squares(block, c[kept][:, kept], c[kept][:, dropped] @ down[dropped], how.ridge)
+    state = {**_sliced(block, kept), "down.weight": solved.T}
+    if (bias := block.weights().down_bias) is not None:
+        mean = s.sum_h / s.tokens
+        state["down.bias"] = bias.to(mean) + mean @ down - mean[kept] @ solved
+    return state
 
-    down = weights.down.to(s.hh).T  # [intermediate, hidden]
-    mean = s.sum_h / s.tokens
-    c = s.hh if weights.down_bias is None else _centred(s.hh, s.sum_h, s.sum_h, s.tokens)
-    solved = down[kept].clone()
-    if dropped.any():
-        c_pp, c_pq = c[kept][:, kept], c[kept][:, dropped]
-        solved += torch.cholesky_solve(c_pq @ down[dropped], torch.linalg.cholesky(_ridged(c_pp, how.ridge)))
 
-    state = {"up.weight": weights.up[kept], "down.weight": solved.T}
-    if weights.gate is not None:
-        state["gate.weight"] = weights.gate[kept]
-    if weights.up_bias is not None:
-        state["up.bias"] = weights.up_bias[kept]
-    if weights.gate_bias is not None:
-        state["gate.bias"] = weights.gate_bias[kept]
-    if weights.down_bias is not None:
-        state["down.bias"] = weights.down_bias.to(mean) + mean @ down - mean[kept] @ solved
+@solve.register
+def _(family: NarrowPlusLinear, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
+    """Joint least squares on [h_P; x]: W' = W_P + D for the kept neurons P and a map B of rank r for the input.
+
+    The neurons are profiled out. For any B the best D is (C_PP + λI)⁻¹(C_PT − C_Px B), with T = H_Q W_Q the output of
+    the dropped neurons Q; what B then has to explain is the part of T that H_P does not, from the part of X that H_P
+    does not: a reduced-rank regression on the Schur complements of C_PP. All moments are centred, as there is a bias.
+    """
+    s.require(block, "input", "hidden", "cross")
+    kept, dropped = _keep(block, s, family.width, how)
+    down, n = block.weights().down.to(s.hh).T, s.tokens
+    hh, hx = centred(s.hh, s.sum_h, s.sum_h, n), centred(s.hx, s.sum_h, s.sum_x, n)
+    pt, px = hh[kept][:, dropped] @ down[dropped], hx[kept]  # [width, hidden] each: H_PᵀT, H_PᵀX
+    by_neurons = least_squares(block, hh[kept][:, kept], torch.cat([pt, px], 1), how.ridge)
+    t_by_neurons, x_by_neurons = by_neurons.tensor_split(2, 1)
+    xx = ridged(block, centred(s.xx, s.sum_x, s.sum_x, n), how.ridge) - px.T @ x_by_neurons
+    xt = hx[dropped].T @ down[dropped] - px.T @ t_by_neurons
+    linear_in, linear_out = _reduced_rank(torch.cholesky_solve(xt, factor(block, xx)), xt, family.rank)
+
+    solved = down[kept] + t_by_neurons - x_by_neurons @ linear_in @ linear_out
+    state = {f"mlp.{name}": tensor for name, tensor in _sliced(block, kept).items()}
+    state |= {"mlp.down.weight": solved.T, "linear.0.weight": linear_in.T, "linear.1.weight": linear_out.T}
+    state["linear.1.bias"] = (s.sum_h @ down - s.sum_h[kept] @ solved - s.sum_x @ linear_in @ linear_out) / n
+    if (bias := block.weights().down_bias) is not None:
+        state["mlp.down.bias"] = bias
     return state
