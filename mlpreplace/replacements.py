@@ -237,7 +237,12 @@ class NarrowPlusLinear(Family):
 
     @classmethod
     def nearest(cls, block: Block, n_params: float) -> Family:
-        linear = LowRank.nearest(block, n_params / 4)
+        """Rank d/6 in a small module and less in a larger one, where more neurons are worth more; at most half of it.
+
+        Near the best split at 3, 6, 12.5, 25 and 50 % of three MLPs of a 135M-parameter Llama, held-out error.
+        """
+        rank = block.hidden_size / 6 * (1 - n_params / block.n_params)
+        linear = LowRank.nearest(block, min(2 * block.hidden_size * rank, n_params / 2))
         return cls(NarrowMLP.nearest(block, n_params - linear.n_params(block)).width, linear.rank)
 
     def n_params(self, block: Block) -> int:
