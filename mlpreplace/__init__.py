@@ -23,7 +23,7 @@ from .replacements import (
     TwoLayerMLP,
     ladder,
 )
-from .reports import Errors, FitReport, TrainingReport, report_rows
+from .reports import Errors, FitReport, TrainingReport, loss_rows, report_rows
 from .results import result_rows
 from .splice import load, save, sparsity, splice, spliced
 from .train import Training

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlpreplace import plotting, replacements
-from mlpreplace.plotting import LOOKS, save_figure
+from mlpreplace import replacements
+from mlpreplace.plotting import LOOKS, save_figure, style
 
 PDF, PNG = b"%PDF-", b"\x89PNG\r\n"
 
@@ -92,7 +92,7 @@ def test_a_figure_that_cannot_be_recorded_is_not_written(tmp_path, rows):
 
 
 def test_a_relative_folder_is_under_the_root(tmp_path, rows, monkeypatch):
-    monkeypatch.setattr(plotting, "ROOT", tmp_path)
+    monkeypatch.setattr(style, "ROOT", tmp_path)
     path = save_figure(draw(rows), "09_test", claim="It is so.", rows=rows, run=FakeRun())
     assert path == tmp_path / "figures" / "09_test.json"
 

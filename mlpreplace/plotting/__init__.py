@@ -1,0 +1,14 @@
+"""Tables to figures. A figure is saved as pdf and png together with the json of the rows it shows and their provenance."""
+
+from .blocks import (
+    calibration_curves,
+    error_vs_parameters,
+    loss_curves,
+    objectives,
+    output_concentration,
+    selections,
+    training_gain,
+)
+from .models import damage_prediction, kept_by_layer, pareto, sensitivity
+from .shares import parameter_share
+from .style import LOOKS, save_figure, use_style
