@@ -3,7 +3,6 @@
 Data flows one way: text → capture → fit → splice → evaluate → allocate → figure.
 """
 
-from . import starts  # the closed forms of the hybrids, so that solve knows them
 from .allocate import allocate, narrow_widths
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
 from .capture import BlockStatistics, Sample, capture, merge, sample

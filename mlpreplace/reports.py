@@ -121,3 +121,17 @@ def report_rows(fitted: Mapping[Block, Iterable[Replacement]], **samples: Mappin
             measured = {name: sample_errors(r, by_block[block]) for name, by_block in samples.items()}
             rows += [{**about, "split": name, **asdict(e)} for name, e in {**reported, **measured}.items() if e is not None]
     return rows
+
+
+def loss_rows(fitted: Mapping[Block, Iterable[Replacement]]) -> list[dict]:
+    """The loss curves of trained replacements as tidy records, one per block, replacement and check."""
+    rows = []
+    for block, replacements in fitted.items():
+        for r in replacements:
+            if (training := r.report.training) is None:
+                continue
+            about = {"layer": block.layer, "family": type(r.family).__name__, "label": str(r.family), "loss": training.loss}
+            curves = zip(training.curve_tokens, training.train_curve, training.validation_curve, strict=True)
+            names = "curve_tokens", "train_loss", "validation_loss"
+            rows += [{**about, **dict(zip(names, check, strict=True))} for check in curves]
+    return rows

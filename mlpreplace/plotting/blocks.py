@@ -119,7 +119,7 @@ def training_gain(rows: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(1, len(blocks), figsize=(7.2, 3.0), sharex=True, sharey=True, squeeze=False)
     color = LOOKS["NarrowMLP"]["color"]
     for axes, (layer, title) in zip(panels[0], blocks, strict=True):
-        for label, pair in rows[rows["layer"] == layer].groupby("label", sort=False):
+        for _, pair in rows[rows["layer"] == layer].groupby("label", sort=False):
             start, end = pair[pair["trained"].isna()].iloc[0], pair[pair["trained"].notna()].iloc[0]
             axes.annotate(
                 "", (end["fit_seconds"], end["median"]), (start["fit_seconds"], start["median"]),
