@@ -43,10 +43,12 @@ def _obs(block: Block, s: BlockStatistics, width: int, ridge: float, seed: int) 
     cheapest go in 16 batches; C⁻¹ and W are then exactly those of the neurons that are left. Inside a batch, twice its
     size of candidates are removed one at a time, so that of two neurons that stand in for each other only one goes.
     """
-    c = ridged(block, hidden_moment(block, s), ridge)
-    removed = torch.full((len(c),), torch.inf, dtype=c.dtype, device=c.device)
-    left = (s.hh.diagonal() > 0).nonzero().squeeze(1)  # a neuron that never fires: only the ridge would speak for it
-    removed[s.hh.diagonal() <= 0] = -1
+    hidden = hidden_moment(block, s)
+    c = ridged(block, hidden, ridge)
+    # of a neuron that never fires, or never changes where there is a bias, only the ridge would speak; float32 rounds
+    dead = hidden.diagonal() <= 1e-6 * s.hh.diagonal()
+    removed = torch.where(dead, -1.0, torch.inf).to(c)
+    left = (~dead).nonzero().squeeze(1)
     inverse = torch.cholesky_inverse(factor(block, c[left][:, left]))  # [left, left]
     w = block.weights().down.to(c).T[left]  # [left, hidden]
     size = max(1, -(-(len(left) - width) // BATCHES))
