@@ -61,12 +61,16 @@ def fit(
     """
     if block not in stats:
         raise ValueError(f"{block.name} is not in the statistics: capture it first.")
+    if unknown := set(samples) - set(SAMPLES):
+        raise ValueError(f"Unknown samples {sorted(unknown)}; expected some of {', '.join(SAMPLES)}.")
     how = ClosedForm(ridge, selection, seed)
     if isinstance(family, Family):
         return _fit(block, stats[block], family, how, training, samples, cached, progress)
     if stats[block].validation is None or "validation" not in samples:
         raise ValueError(f"{block.name}: ranking goes by validation error. Use capture(..., validation_windows=4) or more.")
     sizes = {candidate: candidate.n_params(block) for candidate in family}
+    if not sizes:
+        raise ValueError("There is no family to fit.")
     if min(sizes.values()) < (1 - EQUAL) * max(sizes.values()):
         listed = ", ".join(f"{candidate}: {n:,}" for candidate, n in sizes.items())
         raise ValueError(f"A ranking needs candidates of equal size, these have {listed} parameters: ladder(block, [share]).")

@@ -2,9 +2,23 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, INTERMEDIATE, capture_quietly, sample_of, statistics_of
+from conftest import HIDDEN, INTERMEDIATE, capture_quietly, random_windows, sample_of, statistics_of
 
-from mlpreplace import Linear, LowRank, Mean, NarrowMLP, find_blocks, fit, fit_all, report_rows
+from mlpreplace import (
+    Linear,
+    LowRank,
+    Mean,
+    MixtureOfExperts,
+    NarrowMLP,
+    Training,
+    find_blocks,
+    fit,
+    fit_all,
+    ladder,
+    loss_rows,
+    report_rows,
+    sample,
+)
 
 FAMILIES = [Mean(), Linear(), LowRank(4), NarrowMLP(24)]
 
@@ -21,14 +35,16 @@ def test_the_report_holds_the_errors_of_the_samples(captured):
     report = small.report
     assert report.tokens == stats[blocks[1]].tokens == 72
     assert report.seconds > 0
-    for sample, errors in ((stats[blocks[1]].train, report.train), (stats[blocks[1]].validation, report.validation)):
-        error = (small(sample.x) - sample.y).double().square().sum(-1).flatten()
-        energy = sample.y.double().square().sum(-1).flatten()
+    for pairs, errors in ((stats[blocks[1]].train, report.train), (stats[blocks[1]].validation, report.validation)):
+        error = (small(pairs.x) - pairs.y).double().square().sum(-1).flatten()
+        energy = pairs.y.double().square().sum(-1).flatten()
         relative = error / energy
         q25, median, q75 = relative.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
-        damage = (error / sample.residual_energy.flatten()).mean()
-        expected = [relative.mean(), median, q25, q75, error.sum() / energy.sum(), damage]
-        got = [errors.mean, errors.median, errors.q25, errors.q75, errors.pooled, errors.damage]
+        damage = (error / pairs.residual_energy.flatten()).mean()
+        g, y = (t.double().flatten(0, 1) for t in (small(pairs.x), pairs.y))
+        cosine = 1 - ((g * y).sum(1) / (g.norm(dim=1) * y.norm(dim=1))).mean()
+        expected = [relative.mean(), median, q25, q75, error.sum() / energy.sum(), damage, cosine]
+        got = [errors.mean, errors.median, errors.q25, errors.q75, errors.pooled, errors.damage, errors.cosine]
         assert got == pytest.approx([float(e) for e in expected], rel=1e-4)
 
 
@@ -72,3 +88,106 @@ def test_report_rows_are_tidy(captured):
     small = fitted[blocks[1]][3]
     assert row["median"] == small.report.validation.median
     assert row["share_of_block"] == pytest.approx(24 / INTERMEDIATE)
+
+
+def test_rows_of_further_splits_measure_them(captured):
+    model, blocks, stats = captured
+    heldout = sample(model, blocks, random_windows(3, seed=5), progress=False)
+    fitted = fit_all(blocks, stats, FAMILIES, progress=False)
+    rows = report_rows(fitted, heldout=heldout)
+    assert {row["split"] for row in rows} == {"train", "validation", "heldout"}
+    row = next(r for r in rows if (r["layer"], r["family"], r["split"]) == (2, "NarrowMLP", "heldout"))
+    s = heldout[blocks[2]]
+    error = (fitted[blocks[2]][3](s.x) - s.y).square().sum(-1) / s.y.square().sum(-1)
+    assert row["mean"] == pytest.approx(error.mean().item(), rel=1e-4)
+
+
+def test_rows_tell_training_and_active_parameters(captured):
+    _, blocks, stats = captured
+    how = Training(epochs=2, batch_tokens=8, check_tokens=24)
+    fitted = fit_all(blocks[:1], stats, [NarrowMLP(24), MixtureOfExperts(8)], training=how, progress=False)
+    fitted[blocks[0]].append(fit(blocks[0], stats, Mean()))
+    narrow, experts, mean = (r for r in report_rows(fitted) if r["split"] == "validation")
+    assert (narrow["trained"], mean["trained"], mean["improved"]) == ("mse", None, None)
+    assert narrow["active_share_of_block"] == narrow["share_of_block"]
+    assert experts["active_share_of_block"] < 0.3 * experts["share_of_block"]
+    training = fitted[blocks[0]][0].report.training
+    assert narrow["fit_seconds"] > training.seconds
+    curves = [r for r in loss_rows(fitted) if r["family"] == "NarrowMLP"]
+    assert [r["validation_loss"] for r in curves] == training.validation_curve
+    assert [r["curve_tokens"] for r in curves] == [0, 24, 48]
+    assert not any(r["family"] == "Mean" for r in loss_rows(fitted))
+
+
+# ranked
+
+
+@pytest.mark.parametrize("training", [None, Training(epochs=1, batch_tokens=8)])
+def test_candidates_come_ranked_by_validation_error(training, captured):
+    _, blocks, stats = captured
+    families = [LowRank(16), NarrowMLP(11), Linear()]
+    ranked = fit(blocks[1], stats, families, training=training)
+    damages = [r.report.validation.damage for r in ranked]
+    assert damages == sorted(damages)
+    assert {r.family for r in ranked} == set(families)
+    best = fit(blocks[1], stats, ranked[0].family, training=training)
+    assert best.report.validation == ranked[0].report.validation
+
+
+def test_a_ladder_of_one_share_can_be_ranked(captured):
+    _, blocks, stats = captured
+    ranked = fit(blocks[1], stats, ladder(blocks[1], [0.2], [LowRank, NarrowMLP]))
+    assert len(ranked) == 2
+
+
+def test_candidates_of_unequal_size_are_not_ranked(captured):
+    _, blocks, stats = captured
+    with pytest.raises(ValueError, match=r"equal size.*NarrowMLP\(width=11\): 1,056, NarrowMLP\(width=24\): 2,304"):
+        fit(blocks[1], stats, [NarrowMLP(11), NarrowMLP(24)])
+
+
+@pytest.mark.parametrize("lacking", ["windows", "samples"])
+def test_a_ranking_needs_a_validation_error(lacking, llama, windows):
+    blocks, stats = capture_quietly(llama, windows, validation_windows=0 if lacking == "windows" else 2)
+    options = {"samples": ("train",)} if lacking == "samples" else {}
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp: ranking goes by validation error"):
+        fit(blocks[1], stats, [LowRank(16), NarrowMLP(11)], **options)
+
+
+def test_no_candidate_at_all(captured):
+    _, blocks, stats = captured
+    with pytest.raises(ValueError, match="no family"):
+        fit(blocks[1], stats, [])
+
+
+def test_fit_all_names_every_block_that_was_not_captured(captured):
+    _, blocks, stats = captured
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp, model\.layers\.2\.mlp"):
+        fit_all(blocks, {blocks[1]: stats[blocks[1]]}, [Mean()])
+
+
+def test_an_error_in_one_fit_reaches_the_caller_and_threads_return(captured):
+    _, blocks, stats = captured
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match=r"width=0 does not fit model\.layers\.0\.mlp"):
+            fit_all(blocks, stats, [NarrowMLP(0)], progress=False)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"selection": "magnitude"}, "Unknown selection 'magnitude'; expected one of energy, leverage, obs, random"),
+        ({"ridge": -1.0}, "ridge ≥ 0, got -1.0"),
+        ({"ridge": float("nan")}, "ridge ≥ 0, got nan"),
+        ({"samples": ("heldout",)}, "Unknown samples .'heldout'.; expected some of train, validation"),
+    ],
+)
+def test_options_that_make_no_sense(change, message, captured):
+    _, blocks, stats = captured
+    with pytest.raises(ValueError, match=message):
+        fit(blocks[1], stats, NarrowMLP(24), **change)
