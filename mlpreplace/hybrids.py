@@ -213,6 +213,8 @@ class _MixtureOfExperts(nn.Module):
 class MixtureOfExperts(Family):
     """g(x) = MLP_e(x), e = argmax of a linear router: top-1 of ``experts`` narrow MLPs, each of ``width`` neurons.
 
+    The router knows clusters of the inputs and is not trained: a choice has no gradient, and the usual straight-through
+    one made experts worse, on planted mixtures and on a 135M-parameter Llama alike.
     (d + 1)·experts parameters for the router and ``experts`` times those of a NarrowMLP (TwoLayerMLP where a block has
     no neurons), of which one token passes the router and one expert.
     """

@@ -100,18 +100,17 @@ class _Watch:
         hidden_states = list(arguments.values())[1]  # after the layer itself
         name = replacement.block_name
         past = Past(name, hidden_states.shape[:-1], self._cache([*args, *kwargs.values()], name))
-        remembered = past.layer.get_seq_length() if past.layer is not None else 0
-        seen = past.cache.get_seq_length(self.layer) if past.cache is not None else 0
-        if remembered != seen:
-            raise ValueError(
-                f"The cache holds {seen} tokens, but the replacement of {name} saw {remembered} of them: "
-                "start with the cache of this model, or with an empty one."
-            )
-        if not seen and _first_is_padding(arguments.get("attention_mask")):
-            raise ValueError(
-                f"{replacement.family} in {name} looks at earlier tokens and cannot tell padding from text: "
-                'pad on the right (tokenizer.padding_side = "right"), or run sequences of one length.'
-            )
+        if past.layer is None or past.layer.get_seq_length() == 0:  # a sequence starts, or seems to
+            if past.cache is not None and (seen := past.cache.get_seq_length(self.layer)):
+                raise ValueError(
+                    f"The cache holds {seen} tokens that the replacement of {name} did not see: "
+                    "start with a cache of this model, or with an empty one."
+                )
+            if _first_is_padding(arguments.get("attention_mask")):
+                raise ValueError(
+                    f"{replacement.family} in {name} looks at earlier tokens and cannot tell padding from text: "
+                    'pad on the right (tokenizer.padding_side = "right"), or run sequences of one length.'
+                )
         replacement.past = past
 
     def leave(self, host: nn.Module, args: tuple, output) -> None:

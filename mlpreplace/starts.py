@@ -18,7 +18,9 @@ from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock, 
 from .replacements import LowRank
 
 CLUSTERING_STEPS = 20  # of k-means; what moves later is a token here and there
-ROUTER_SHARPNESS = 4.0  # logit of a token that points along a cluster's centre: a choice, with some probability for the others
+SUMS = ("sum_x", "sum_y", "sum_h", "xx", "xy", "hh")  # the moments that an expert's fit may read
+CHUNK = 4096  # tokens whose neurons are in memory at once
+QUERY_SCALE = 0.5  # of queries and keys: attention starts nearly even; heads that start sharp (2 and more) learn slowly or never
 
 
 def _inside(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -32,6 +34,13 @@ def _gaussian(rows: int, columns: int, seed: int, like: Tensor) -> Tensor:
     return noise.to(like) / columns**0.5
 
 
+def _attention(inner: int, size: Tensor, seed: int) -> dict[str, Tensor]:
+    """Random queries, keys and values of inputs whose channels have ``size`` [hidden], and an output projection of zero."""
+    q, k, v = (_gaussian(3 * inner, len(size), seed, size) / size).chunk(3)  # [inner, hidden]
+    weights = {"q": QUERY_SCALE * q, "k": QUERY_SCALE * k, "v": v, "o": torch.zeros(len(size), inner)}
+    return {f"attention.{name}.weight": weight for name, weight in weights.items()}
+
+
 @solve.register
 def _(family: ConvMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
     """The narrow MLP's closed form; no earlier token counts yet."""
@@ -43,15 +52,13 @@ def _(family: ConvMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> dic
 def _(family: AttentionMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
     """The narrow MLP's closed form beside a random head with W_o = 0.
 
-    Queries, keys and values have unit variance: each input channel is scaled by its size, or the few channels with
-    massive activations would decide who attends to whom.
+    Each input channel is scaled by its size, or the few channels with massive activations would decide who attends to whom.
     """
     mlp = _inside("mlp", solve(inner_mlp(block, family.width), block, s, how))
-    size = _channel_size(block, s)
-    random = _gaussian(3 * family.head_dim, block.hidden_size, how.seed, size) / size  # [3·head_dim, hidden]
-    q, k, v = random.chunk(3)
-    o = torch.zeros(block.hidden_size, family.head_dim)
-    return {"attention.q.weight": q, "attention.k.weight": k, "attention.v.weight": v, "attention.o.weight": o, **mlp}
+    s.require(block, "input")
+    square = s.xx.diagonal() / s.tokens  # [hidden]
+    size = torch.where(square > 1e-12 * square.max(), square, 1.0).sqrt()  # a silent channel stays silent
+    return {**_attention(family.head_dim, size, how.seed), **mlp}
 
 
 @solve.register
@@ -62,15 +69,11 @@ def _(family: TransformerBlock, block: Block, s: BlockStatistics, how: ClosedFor
     down, up = low["0.weight"], low["1.weight"]  # [k, hidden], [hidden, k]
     size = ((down @ s.xx) * down).sum(1).div(s.tokens).sqrt()  # [k]
     size = size.clamp_min(1e-6 * size.max())  # of a direction that was never seen
-    q, key, v = _gaussian(3 * k, k, how.seed, down).chunk(3)
     state = {
+        **_attention(k, torch.ones_like(size), how.seed),
         "down.weight": down / size[:, None],
         "up.weight": up * size,
         "up.bias": low["1.bias"],
-        "attention.q.weight": q,
-        "attention.k.weight": key,
-        "attention.v.weight": v,
-        "attention.o.weight": torch.zeros(k, k),
         "mlp.0.weight": _gaussian(4 * k, k, how.seed + 1, down),
         "mlp.0.bias": torch.zeros(4 * k),
         "mlp.2.weight": torch.zeros(k, 4 * k),
@@ -85,20 +88,19 @@ def _(family: TransformerBlock, block: Block, s: BlockStatistics, how: ClosedFor
 def _(family: MixtureOfExperts, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
     """Experts are closed forms of the clusters of a spherical k-means over sampled inputs; the router knows the clusters.
 
-    Inputs are standardised channel by channel before they are clustered, and the router takes that into its weights. To
-    the moments of each cluster come those of all tokens, with the weight of ``hidden_size`` tokens: where a cluster has
-    few of its own, its expert is close to the fit of all.
+    Inputs are centred before they are clustered: what they have in common tells no two apart. To the moments of each
+    cluster come those of all tokens, with the weight of ``hidden_size`` tokens: where a cluster has few of its own, its
+    expert is close to the fit of all.
     """
     if s.train is None:
         raise ValueError(f"{family} clusters sampled inputs of {block.name}: capture(..., sample_windows=1 or more).")
-    mean, size = s.sum_x / s.tokens, _channel_size(block, s, centred=True)
-    directions = F.normalize((s.train.x[s.train.mask].to(mean) - mean) / size, dim=-1)  # [tokens, hidden]
+    s.require(block, "input")
+    x, mean = s.train.x[s.train.mask], s.sum_x / s.tokens
+    mean = mean.to(torch.promote_types(x.dtype, torch.float32))
+    directions = F.normalize(x.to(mean) - mean, dim=-1)  # [tokens, hidden]
     centres = _spherical_kmeans(directions, family.experts, how.seed)  # [experts, hidden]
     chosen = (directions @ centres.T).argmax(-1)  # [tokens]
-
-    # a standardised input is about √hidden long: the logits are cosines times the sharpness
-    router = ROUTER_SHARPNESS * centres / size / block.hidden_size**0.5
-    state = {"router.weight": router, "router.bias": -router @ mean}
+    state = {"router.weight": centres, "router.bias": -centres @ mean}
     for e in range(family.experts):
         cluster = _cluster(block, s, chosen == e)
         state |= _inside(f"experts.{e}", solve(inner_mlp(block, family.width), block, cluster, how))
@@ -108,18 +110,21 @@ def _(family: MixtureOfExperts, block: Block, s: BlockStatistics, how: ClosedFor
 def _cluster(block: Block, s: BlockStatistics, own: Tensor) -> BlockStatistics:
     """Statistics of the sampled tokens that ``own`` marks, and of all with the weight of ``hidden_size`` tokens."""
     x, y = s.train.x[s.train.mask], s.train.y[s.train.mask]  # [tokens, hidden]
+    x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
     few = torch.linspace(0, len(x) - 1, block.hidden_size, device=x.device).long()
     both = torch.cat([own.nonzero().squeeze(1), few])
     ones = torch.ones(1, len(both), device=x.device)
     sample = Sample(x[both][None], y[both][None], ones, ones.bool())
 
-    x, y = x[own].to(s.sum_x), y[own].to(s.sum_x)
-    sums = {"sum_x": x.sum(0), "sum_y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}
-    if block.has_neurons and s.hh is not None:
-        h = neurons(block, x)
-        sums |= {"sum_h": h.sum(0), "hh": h.T @ h}
-    sums = {name: own_sum + getattr(s, name) * (block.hidden_size / s.tokens) for name, own_sum in sums.items()}
-    return BlockStatistics(len(x) + block.hidden_size, **sums, train=sample)
+    sums = {name: getattr(s, name) * (block.hidden_size / s.tokens) for name in SUMS if getattr(s, name) is not None}
+    for chunk in own.nonzero().squeeze(1).split(CHUNK):
+        cx, cy = x[chunk], y[chunk]
+        new = {"sum_x": cx.sum(0), "sum_y": cy.sum(0), "xx": cx.T @ cx, "xy": cx.T @ cy}
+        if "hh" in sums:
+            h = neurons(block, cx)
+            new |= {"sum_h": h.sum(0), "hh": h.T @ h}
+        sums |= {name: sums[name] + value for name, value in new.items() if name in sums}
+    return BlockStatistics(int(own.sum()) + block.hidden_size, **sums, train=sample)
 
 
 def neurons(block: Block, x: Tensor) -> Tensor:
@@ -131,15 +136,6 @@ def neurons(block: Block, x: Tensor) -> Tensor:
 
     up = project(w.up, w.up_bias)
     return block.activation(up) if w.gate is None else block.activation(project(w.gate, w.gate_bias)) * up
-
-
-def _channel_size(block: Block, s: BlockStatistics, centred: bool = False) -> Tensor:
-    """Root mean square of each input channel, or its standard deviation, [hidden]; a channel that is silent counts as 1."""
-    s.require(block, "input")
-    square = s.xx.diagonal() / s.tokens
-    if centred:
-        square = square - (s.sum_x / s.tokens).square()
-    return torch.where(square > 1e-12 * square.max(), square, 1.0).sqrt()
 
 
 def _spherical_kmeans(directions: Tensor, clusters: int, seed: int) -> Tensor:
