@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from .assets import cache_dir
 
 PACKAGE = Path(__file__).parent
+_PARSING = threading.Lock()  # ast.parse is not safe in threads before Python 3.13 (python/cpython#106905)
 
 
 @cache
@@ -39,7 +41,9 @@ def code_hash(module: str) -> str:
         if name in seen or not path.exists():
             continue
         seen[name] = path.read_bytes()
-        for node in ast.walk(ast.parse(seen[name])):
+        with _PARSING:
+            tree = ast.parse(seen[name])
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level == 1:
                 todo += [node.module] if node.module else [alias.name for alias in node.names]
     return xxhash.xxh3_128_hexdigest(b"\0".join(seen[name] for name in sorted(seen)))

@@ -38,6 +38,10 @@ class Sample:
     def tokens(self) -> int:
         return int(self.mask.sum())
 
+    def head(self, windows: int) -> Sample:
+        """The first ``windows`` windows."""
+        return Sample(*(getattr(self, f.name)[:windows] for f in fields(self)))
+
 
 @dataclass
 class BlockStatistics:
@@ -59,7 +63,9 @@ class BlockStatistics:
     _parts: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
     def require(self, block: Block, *moments: str) -> None:
-        """Raise ValueError, with the name of ``block``, unless every moment was captured from at least two tokens."""
+        """Raise ValueError, with the name of ``block``, unless every moment was captured, from at least two tokens, and
+        all are finite.
+        """
         for moment in moments:
             if getattr(self, MOMENTS[moment]) is None:
                 raise ValueError(
@@ -67,6 +73,8 @@ class BlockStatistics:
                 )
         if self.tokens < 2:
             raise ValueError(f"{block.name}: a fit needs at least 2 tokens, the statistics hold {self.tokens}.")
+        if not all(torch.isfinite(t).all() for name in SUMS if (t := getattr(self, name)) is not None):
+            raise ValueError(f"{block.name}: the statistics are not finite.")
 
 
 Statistics = dict[Block, BlockStatistics]

@@ -20,6 +20,7 @@ from .reports import SAMPLES, FitReport, sample_errors
 from .starts import solve  # which the hybrids' closed forms have joined
 from .train import Training, train
 
+TRAIN_WINDOWS = 8  # measure the error on fitted tokens: as good as all that were sampled, and training samples many
 EQUAL = 0.1  # candidates of one ranking may differ by this share of the largest
 
 
@@ -48,7 +49,8 @@ def fit(
         ridge: λ relative to the mean of the Gram matrix's diagonal; keeps fits with fewer tokens than dimensions defined.
         selection: which neurons a NarrowMLP keeps, see :func:`~mlpreplace.selection.select`.
         seed: of random features, random selection and the order of minibatches.
-        samples: which errors to report, "train" and "validation"; measuring them costs about as much as a closed form.
+        samples: which errors to report, "train" (on the first 8 windows that were sampled) and "validation"; measuring them
+            costs about as much as a closed form.
         cached: keep the result on disk and take it from there; a training that was interrupted goes on at its last check.
 
     Returns:
@@ -119,10 +121,8 @@ def _fit(
         )
         state = body.state_dict()
     replacement.body.load_state_dict(state)
-    errors = dict.fromkeys(SAMPLES)
-    for name in SAMPLES:
-        if name in samples and (sample := getattr(s, name)) is not None:
-            errors[name] = sample_errors(replacement, sample)
+    pairs = {"train": s.train and s.train.head(TRAIN_WINDOWS), "validation": s.validation}
+    errors = {name: sample_errors(replacement, pairs[name]) if name in samples and pairs[name] else None for name in SAMPLES}
     replacement.report = FitReport(s.tokens, seconds, **errors, training=trained)
     if entry is not None:
         report = torch.frombuffer(bytearray(json.dumps(asdict(replacement.report)).encode()), dtype=torch.uint8)

@@ -39,6 +39,7 @@ def _blocks(rows: pd.DataFrame) -> list[tuple[int, str]]:
 
 
 def _percent(axis: mpl.axis.Axis) -> None:
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 3)))
     axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axis.set_minor_formatter(mpl.ticker.NullFormatter())
 

@@ -64,10 +64,13 @@ def save_figure(figure: Figure, name: str, *, claim: str, rows: pd.DataFrame, ru
 
 
 def _measured_on(run: Run) -> str:
-    """What no number may be quoted without: the model, and text, windows and sequence length of every split."""
-    texts = run.facts.get("texts", {}).items()
-    splits = [f"{name.replace('_', ' ')} {t['text']} {t['windows']} × {t['sequence_length']} tokens" for name, t in texts]
-    return "  ·  ".join([run.facts.get("model", {}).get("id", ""), *splits])
+    """What no number may be quoted without: the model, and the windows and sequence length of every split of every text."""
+    splits: dict[tuple[str, int], list[str]] = {}
+    for name, text in run.facts.get("texts", {}).items():
+        of_text = splits.setdefault((text["text"], text["sequence_length"]), [])
+        of_text.append(f"{name.split('_')[0]} {text['windows']}")
+    texts = [f"{text}: {', '.join(names)} × {length} tokens" for (text, length), names in splits.items()]
+    return "  ·  ".join([run.facts.get("model", {}).get("id", ""), *texts])
 
 
 def plain_log_ticks(axis: mpl.axis.Axis, form: str = "%g", subs: tuple[float, ...] = (1, 2, 3, 5)) -> None:
