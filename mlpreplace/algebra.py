@@ -22,14 +22,14 @@ def ridged(block: Block, c: Tensor, ridge: float) -> Tensor:
 
 
 def factor(block: Block, c: Tensor) -> Tensor:
-    """The lower Cholesky factor of C. Raises ValueError where C is singular: without ridge, fewer tokens than
-    dimensions or activations that depend on each other linearly have no unique least squares.
+    """The lower Cholesky factor of C. Raises ValueError where C is singular: without ridge, least squares has no unique
+    answer on fewer tokens than dimensions, nor on inputs that depend on each other (centred ones after a LayerNorm do).
     """
     lower, failed = torch.linalg.cholesky_ex(c)
     # a pivot is the part of a direction that those before it do not explain; rounding alone leaves that much of nothing
     rounding = len(c) * torch.finfo(c.dtype).eps * c.diagonal()
     if failed or (lower.diagonal().square() <= rounding).any():
-        raise ValueError(f"{block.name}: the moments are singular, too few tokens for its dimensions: raise ridge.")
+        raise ValueError(f"{block.name}: the moments are singular (few tokens, or a LayerNorm before the block): raise ridge.")
     return lower
 
 

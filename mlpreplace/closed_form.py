@@ -7,6 +7,7 @@ exactly), all else towards the mean output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from .algebra import centred, factor, least_squares, ridged
 from .blocks import Block
-from .capture import BlockStatistics
-from .replacements import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear
+from .capture import BlockStatistics, Sample
+from .replacements import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP
 from .selection import SELECTIONS, hidden_moment, select
 
 RIDGE = 1e-2
+CHUNK = 4096  # tokens whose features are made at a time
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ def solve(family: Family, block: Block, s: BlockStatistics, how: ClosedForm) -> 
 
 @solve.register
 def _(family: Mean, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
-    if s.tokens < 1:
-        raise ValueError(f"The statistics of {block.name} hold no token.")
+    s.require(block)
     return {"bias": s.sum_y / s.tokens}
 
 
@@ -140,3 +141,79 @@ def _(family: NarrowPlusLinear, block: Block, s: BlockStatistics, how: ClosedFor
     if (bias := block.weights().down_bias) is not None:
         state["mlp.down.bias"] = bias
     return state
+
+
+@solve.register
+def _(family: TwoLayerMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
+    """Features act(W₁x + b₁) made from what the block is, then W₂ and b₂ by ridge on the sampled pairs.
+
+    The neurons of an ungated block are such features: its NarrowMLP is the answer, without pairs.
+    """
+    if block.has_neurons and block.gate is None:
+        state = solve(NarrowMLP(family.width), block, s, how)
+        zeros = {"up.bias": s.sum_h.new_zeros(family.width), "down.bias": s.sum_h.new_zeros(block.hidden_size)}
+        return zeros | state
+    if s.train is None:
+        raise ValueError(f"{family} of {block.name} is solved on sampled tokens: capture(..., sample_windows=None).")
+    body = family.build(block).to(device=s.train.x.device, dtype=torch.promote_types(block.dtype, torch.float32))
+    rows, bias = (tensor.to(body.up.weight) for tensor in _features(block, s, family.width, how))
+    features = {"up.weight": rows, "up.bias": bias}
+    body.load_state_dict(features, strict=False)
+    of_features = _statistics(body.neurons, s.train)
+    w, _ = _linear_map(block, of_features, how.ridge)
+    return features | {"down.weight": w.T, "down.bias": (of_features.sum_y - of_features.sum_x @ w) / of_features.tokens}
+
+
+def _features(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> tuple[Tensor, Tensor]:
+    """W₁ [width, hidden] and b₁ [width] of a shallow MLP for a block that is gated or has no neurons.
+
+    Three kinds of rows. First act(v·x + 4), v the leading directions of a LowRank at unit variance: as good as linear for
+    SiLU, GELU and ReLU, so that up to d/2 of them do what a LowRank does. Then, of a gated block, gate + up/2 and
+    gate − up/2 of the neurons to keep, as act(g + u/2) − act(g − u/2) ≈ act'(g)·u; of another, v·x again, which bends. The
+    rest, where the module is wider than that, is random.
+
+    On three blocks of a 135M-parameter Llama this had a lower held-out error, as it is and after two epochs, than gate rows
+    alone, up rows alone, or Gaussian rows, whitened or not.
+    """
+    hidden, mean = block.hidden_size, s.sum_x / s.tokens
+    xx = centred(s.xx, s.sum_x, s.sum_x, s.tokens) / s.tokens
+    directions = _reduced_rank(*_linear_map(block, s, how.ridge), hidden)[0].flip(1)  # [hidden, hidden], leading first
+    size = (directions * (xx @ directions)).sum(0).clamp_min(0).sqrt()
+    v = (directions / size.clamp_min(1e-6 * size.max())).T  # of a direction that was never seen: not too long
+    v_bias = -v @ mean
+
+    n_linear = min(width // 2, hidden // 6) if block.has_neurons else min(width, hidden // 2)
+    if block.has_neurons:
+        own, own_bias = _gated_features(block, s, width - n_linear, how)
+    else:
+        own, own_bias = v, v_bias
+    noise = torch.randn(width, hidden, generator=torch.Generator().manual_seed(how.seed), dtype=v.dtype).to(v)
+    noise /= 2 * xx.trace().sqrt()  # variance 1/4
+    rows = torch.cat([v[:n_linear], own, noise])[:width]
+    return rows, torch.cat([v_bias[:n_linear] + 4, own_bias, -noise @ mean])[:width]
+
+
+def _gated_features(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> tuple[Tensor, Tensor]:
+    """Rows gate ± up/2 of the neurons to keep, and their biases; at most two for every neuron."""
+    weights = block.weights()
+    kept = select(block, s, min((width + 1) // 2, block.intermediate_size), how.selection, how.ridge, how.seed)
+
+    def pairs(gate: Tensor, up: Tensor) -> Tensor:
+        gate, half = gate[kept].to(s.xx), up[kept].to(s.xx) / 2
+        return torch.cat([gate + half, gate - half])[:width]
+
+    rows = pairs(weights.gate, weights.up)
+    return rows, rows.new_zeros(len(rows)) if weights.up_bias is None else pairs(weights.gate_bias, weights.up_bias)
+
+
+@torch.no_grad()
+def _statistics(features: Callable[[Tensor], Tensor], sample: Sample) -> BlockStatistics:
+    """Input moments of ``features`` (in the place of x) and outputs over the tokens of a sample."""
+    totals: list[Tensor] = []
+    tokens = sample.x[sample.mask].split(CHUNK), sample.y[sample.mask].split(CHUNK)
+    for x, y in zip(*tokens, strict=True):
+        f = features(x.to(torch.promote_types(x.dtype, torch.float32)))  # [tokens, width]
+        sums = [t.double() for t in (f.sum(0), y.to(f).sum(0), f.T @ f, f.T @ y.to(f))]
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+    sum_x, sum_y, xx, xy = totals or [None] * 4
+    return BlockStatistics(sample.tokens, sum_x, sum_y, xx=xx, xy=xy)

@@ -201,20 +201,29 @@ class ShallowMLP(nn.Module):
 
 @dataclass(frozen=True)
 class TwoLayerMLP(Family):
-    """g(x) = W₂ act(W₁x + b₁) + b₂, the shallow MLP: no gate, any width, any block. 2dk + k + d parameters.
+    """g(x) = W₂ act(W₁x + b₁) + b₂, the shallow MLP: no gate, any block. 2dk + k + d parameters.
 
-    The activation is the block's; SiLU where the block has none of its own (a mixture of experts).
+    The activation is the block's; SiLU where the block has none of its own (a mixture of experts). Any width, but no more
+    than that of a block which is ungated itself.
     """
 
     width: int
 
+    @classmethod
+    def most(cls, block: Block) -> int:
+        return block.intermediate_size if block.has_neurons and block.gate is None else super().most(block)
+
     def n_params(self, block: Block) -> int:
-        _check_size("width", self.width, None, block)
+        self._check(block)
         return 2 * block.hidden_size * self.width + self.width + block.hidden_size
 
     def build(self, block: Block) -> nn.Module:
-        _check_size("width", self.width, None, block)
+        self._check(block)
         return ShallowMLP(block.hidden_size, self.width, block.activation or nn.SiLU())
+
+    def _check(self, block: Block) -> None:
+        own = block.intermediate_size if block.has_neurons and block.gate is None else None
+        _check_size("width", self.width, own, block)
 
 
 class Sum(nn.Module):

@@ -1,5 +1,7 @@
 """Closed-form fits against planted answers, a NumPy reference and the errors of simpler choices."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +17,21 @@ from conftest import (
 )
 from torch.testing import assert_close
 
-from mlpreplace import BlockStatistics, Linear, LowRank, Mean, NarrowMLP, find_blocks, fit, fit_all
+from mlpreplace import (
+    BlockStatistics,
+    Linear,
+    LowRank,
+    Mean,
+    NarrowMLP,
+    NarrowPlusLinear,
+    TwoLayerMLP,
+    find_blocks,
+    fit,
+    fit_all,
+)
+from mlpreplace.capture import MOMENTS
 
-FAMILIES = [Mean(), Linear(), LowRank(4), NarrowMLP(24)]
+FAMILIES = [Mean(), Linear(), LowRank(4), NarrowMLP(24), NarrowPlusLinear(20, 4), TwoLayerMLP(24)]
 TINY = 1e-10  # a ridge that only keeps the solver defined
 
 
@@ -40,6 +54,16 @@ def planted(rank: int = HIDDEN) -> tuple[torch.Tensor, torch.Tensor]:
     """(x, y) with y = x A + b exactly, A of the given rank."""
     x = anisotropic()
     return x, x @ noise(HIDDEN, rank, seed=4) @ noise(rank, HIDDEN, seed=5) + noise(HIDDEN, seed=6)
+
+
+def captured_whole(model, windows: torch.Tensor, **options):
+    """(blocks, statistics) with every moment and all fitting windows as the sample."""
+    return capture_quietly(model, windows, **{"moments": MOMENTS, "sample_windows": None} | options)
+
+
+def train_error(block, stats, family, **options) -> float:
+    """Pooled error over the fitting tokens, with next to no ridge."""
+    return fit(block, stats, family, **{"ridge": 1e-6, "samples": ("train",)} | options).report.train.pooled
 
 
 def pooled(replacement) -> float:
@@ -148,17 +172,6 @@ def test_solving_the_output_projection_anew_beats_slicing_it(name, width):
         assert solved < 0.95 * sliced
 
 
-def test_the_kept_neurons_are_those_of_largest_output_energy(llama):
-    """Output columns from 0.1 to 10 times as large: neither the input nor the weight alone gives the order."""
-    windows, block = random_windows(), find_blocks(llama)[0]
-    block.weights().down.mul_(torch.logspace(-1, 1, INTERMEDIATE))
-    _, stats = capture_quietly(llama, windows)
-    h, own = activations(llama, block, windows[:6])["h"], block.weights()
-    energy = h.square().sum(0) * own.down.double().square().sum(0)
-    best = energy.argsort(descending=True)[:10].sort().values
-    assert torch.equal(fit(block, stats, NarrowMLP(10)).body.up.weight, own.up[best])
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_the_output_projection_is_a_least_squares_solution(name):
     """The error that is left has no correlation with a kept neuron, nor a mean where the block has an output bias."""
@@ -178,7 +191,7 @@ def test_the_output_projection_is_a_least_squares_solution(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_output_bias_takes_up_the_mean(family):
     """Over the fitting tokens the mean output of the replacement is the block's (GPT-2 has an output bias)."""
-    blocks, stats = capture_quietly(build("gpt2"), random_windows(), sample_windows=6)
+    blocks, stats = captured_whole(build("gpt2"), random_windows())
     for b in blocks:
         sample = stats[b].train
         small = fit(b, stats, family)
@@ -186,10 +199,193 @@ def test_the_output_bias_takes_up_the_mean(family):
 
 
 def test_every_family_beats_the_mean():
-    blocks, stats = capture_quietly(build("gpt2"), random_windows(48, 24))
+    blocks, stats = captured_whole(build("gpt2"), random_windows(48, 24))
     for b in blocks:
         mean, *others = (pooled(small) for small in fit_all([b], stats, FAMILIES, progress=False)[b])
         assert max(others) < 0.95 * mean < 1.05
+
+
+# neurons and a linear map side by side
+
+
+def joint_statistics(block, x: torch.Tensor, h: torch.Tensor) -> BlockStatistics:
+    """Statistics of a block whose neurons gave ``h``, [tokens, intermediate], on ``x``."""
+    own = block.weights()
+    y = h @ own.down.double().T + (0 if own.down_bias is None else own.down_bias.double())
+    s = statistics_of(x, y, h)
+    s.hx = h[: s.tokens].T @ x[: s.tokens]
+    return s
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("width", [6, 30])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_neurons_and_a_linear_map_are_no_worse_than_either(name, width, rank):
+    blocks, stats = captured_whole(build(name), random_windows(24))
+    for b in blocks:
+        both = train_error(b, stats, NarrowPlusLinear(width, rank))
+        assert both < train_error(b, stats, NarrowMLP(width))
+        assert both < train_error(b, stats, LowRank(rank))
+        assert both > train_error(b, stats, NarrowPlusLinear(width, rank + 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_block_that_is_narrow_and_low_rank_is_recovered(name):
+    """All neurons but the 30 loudest are linear in x, and together of rank 3."""
+    rank, width = 3, 30
+    model = build(name)
+    block = find_blocks(model)[1]
+    down = block.weights().down  # a view
+    down[:, :width] *= 3
+    down[:, width:] = 0.003 * noise(HIDDEN, rank, seed=4).float() @ noise(rank, INTERMEDIATE - width, seed=5).float()
+    x = anisotropic(800)
+    h = activations_of(block, x)
+    h[:, width:] = x @ noise(HIDDEN, INTERMEDIATE - width, seed=6)
+    stats = {block: joint_statistics(block, x, h)}
+    small = fit(block, stats, NarrowPlusLinear(width, rank), ridge=TINY)
+    assert max(small.report.train.pooled, pooled(small)) < 1e-9
+    for other in (NarrowPlusLinear(width, rank - 1), NarrowMLP(width)):
+        assert pooled(fit(block, stats, other, ridge=TINY)) > 1e-7
+
+
+def activations_of(block, x: torch.Tensor) -> torch.Tensor:
+    """Neurons of a block on float64 inputs, [tokens, intermediate]."""
+    own = block.weights()
+
+    def project(weight, bias):
+        return torch.nn.functional.linear(x, weight.double(), None if bias is None else bias.double())
+
+    if own.gate is None:
+        return block.activation(project(own.up, own.up_bias))
+    return block.activation(project(own.gate, own.gate_bias)) * project(own.up, own.up_bias)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_joint_fit_is_that_of_a_reference(name):
+    """In NumPy from the data: regress neurons out of X and T, reduced-rank regression of the rests, then the neurons."""
+    width, rank = 12, 5
+    block = find_blocks(build(name))[1]
+    x = anisotropic(600)
+    h = activations_of(block, x)
+    s = joint_statistics(block, x, h)
+    small = fit(block, {block: s}, NarrowPlusLinear(width, rank), ridge=1e-12)
+    kept = [int((block.weights().up == row).all(1).nonzero()) for row in small.body.mlp.up.weight]
+
+    y = (h @ block.weights().down.double().T)[: s.tokens].numpy()
+    xc, hc, yc = (v - v.mean(0) for v in (x[: s.tokens].numpy(), h[: s.tokens, kept].numpy(), y))
+    x_rest, y_rest = (v - hc @ np.linalg.lstsq(hc, v, rcond=None)[0] for v in (xc, yc))
+    a = np.linalg.lstsq(x_rest, y_rest, rcond=None)[0]
+    right = np.linalg.svd(x_rest @ a, full_matrices=False)[2][:rank].T
+    b = a @ right @ right.T
+    expected = xc @ b + hc @ np.linalg.lstsq(hc, yc - xc @ b, rcond=None)[0]
+    got = small(x[: s.tokens].float()).double()
+    assert_close(got - got.mean(0), torch.from_numpy(expected), rtol=1e-3, atol=1e-3 * float(np.abs(expected).max()))
+
+
+def test_at_full_width_the_linear_map_is_nothing():
+    """Ridge pulls the neurons towards the block's own, the rest towards zero: nothing is left to explain."""
+    blocks, stats = captured_whole(build("llama"), random_windows())
+    for b in blocks:
+        small = fit(b, stats, NarrowPlusLinear(INTERMEDIATE, 2), ridge=0.1)
+        assert torch.equal(small.body.mlp.down.weight, b.weights().down)
+        assert pooled(small) < 1e-10
+
+
+# the shallow MLP
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon"])
+def test_an_ungated_block_is_its_own_shallow_mlp(name):
+    """With or without biases: what a NarrowMLP computes; all of it at full width."""
+    blocks, stats = captured_whole(build(name), random_windows())
+    for b in blocks:
+        x = stats[b].validation.x
+        assert_close(fit(b, stats, TwoLayerMLP(20))(x), fit(b, stats, NarrowMLP(20))(x))
+        assert pooled(fit(b, stats, TwoLayerMLP(INTERMEDIATE))) < 1e-10
+        with pytest.raises(ValueError, match=f"expected 1 ≤ width ≤ {INTERMEDIATE}"):
+            fit(b, stats, TwoLayerMLP(INTERMEDIATE + 1))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "mixtral"])
+def test_the_output_of_a_shallow_mlp_is_a_least_squares_solution(name, kind):
+    """The error that is left has neither a mean nor a correlation with a feature."""
+    blocks, stats = captured_whole(build(name), random_windows(24), kind=kind)
+    for b in blocks:
+        body, sample = fit(b, stats, TwoLayerMLP(16), ridge=TINY).body, stats[b].train
+        x, y = sample.x.flatten(0, 1), sample.y.flatten(0, 1)
+        features, left = body.neurons(x), body(x) - y
+        assert left.mean(0).abs().max() < 1e-4 * y.abs().mean(0).max()
+        assert (features.T @ left).abs().max() < 1e-3 * (features.T @ y).abs().max()
+
+
+def residual(features: torch.Tensor, y: torch.Tensor) -> float:
+    """Squared error of the least squares of y on features and a constant."""
+    features = torch.cat([features, torch.ones(len(y), 1)], 1).double()
+    return float((features @ torch.linalg.lstsq(features, y.double()).solution - y).square().sum())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_features_of_a_gated_block_beat_random_ones(name):
+    blocks, stats = captured_whole(build(name), random_windows(48, 24))
+    for b in blocks:
+        body, sample = fit(b, stats, TwoLayerMLP(24)).body, stats[b].train
+        x, y = sample.x.flatten(0, 1), sample.y.flatten(0, 1)
+        rows = noise(24, HIDDEN, seed=1).float()
+        rows *= body.up.weight.norm() / rows.norm()
+        own, random = (residual(f, y) for f in (body.neurons(x), body.activation(x @ rows.T)))
+        assert own < 0.95 * random
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+@pytest.mark.parametrize("rank", [2, 8])
+def test_without_neurons_a_shallow_mlp_can_do_what_a_low_rank_map_can(rank, kind):
+    """Its features are almost linear up to rank d/2, and bend from there."""
+    blocks, stats = captured_whole(build("mixtral"), random_windows(24), kind=kind)
+    for b in blocks:
+        assert train_error(b, stats, TwoLayerMLP(rank)) < 1.05 * train_error(b, stats, LowRank(rank))
+        assert train_error(b, stats, TwoLayerMLP(HIDDEN)) < 0.98 * train_error(b, stats, LowRank(HIDDEN // 2))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_some_features_of_a_gated_block_are_almost_linear(name):
+    """Outputs that are a linear map of rank 4 need no more than these."""
+    blocks, stats = captured_whole(build(name), random_windows(24))
+    b = blocks[0]
+    x = stats[b].train.x.flatten(0, 1).double()
+    linear = statistics_of(x, x @ noise(HIDDEN, 4, seed=4) @ noise(4, HIDDEN, seed=5))
+    linear.sum_h, linear.hh = stats[b].sum_h, stats[b].hh
+    error = fit(b, {b: linear}, TwoLayerMLP(10), ridge=1e-6).report.train.pooled
+    assert error < 0.02 < fit(b, {b: linear}, LowRank(3), ridge=1e-6).report.train.pooled
+
+
+def test_a_shallow_mlp_may_be_wider_than_the_block_has_directions():
+    """The rest of the features is random, the same for the same seed."""
+    blocks, stats = captured_whole(build("mixtral"), random_windows(32, 24))
+    b = blocks[0]
+    directions = HIDDEN * 3 // 2
+    wide, again, other = (fit(b, stats, TwoLayerMLP(directions + 30), seed=seed) for seed in (0, 0, 1))
+    assert wide.report.train.pooled < fit(b, stats, TwoLayerMLP(directions)).report.train.pooled
+    first, second, third = (r.body.up.weight for r in (wide, again, other))
+    assert torch.equal(first, second)
+    assert torch.equal(first[:directions], third[:directions])
+    assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_shallow_mlp_needs_pairs(name):
+    blocks, stats = captured_whole(build(name), random_windows(), sample_windows=0)
+    with pytest.raises(ValueError, match=r"TwoLayerMLP\(width=8\) of model\.layers\.0\.mlp .* sampled tokens"):
+        fit(blocks[0], stats, TwoLayerMLP(8))
+
+
+def test_padding_is_in_no_feature():
+    blocks, stats = captured_whole(build("llama"), random_windows())
+    b, s = blocks[0], stats[blocks[0]]
+    clean = fit(b, stats, TwoLayerMLP(8)).body.down.weight
+    s.train.x, s.train.y = (torch.cat([t, torch.full_like(t, 1e3)], 1) for t in (s.train.x, s.train.y))
+    s.train.mask = torch.cat([s.train.mask, torch.zeros_like(s.train.mask)], 1)
+    assert torch.equal(fit(b, stats, TwoLayerMLP(8), samples=()).body.down.weight, clean)
 
 
 # hard cases
@@ -198,7 +394,7 @@ def test_every_family_beats_the_mean():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_fewer_tokens_than_dimensions(name, family):
-    blocks, stats = capture_quietly(build(name), random_windows(3, 8))
+    blocks, stats = captured_whole(build(name), random_windows(3, 8))
     for b in blocks:
         assert stats[b].tokens == 8 < family.n_params(b) / HIDDEN or family == Mean()
         small = fit(b, stats, family)
@@ -206,53 +402,93 @@ def test_fewer_tokens_than_dimensions(name, family):
         assert np.isfinite(pooled(small))
 
 
-@pytest.mark.parametrize("family", FAMILIES[1:])
+SOLVED = FAMILIES[1:]  # all that solve for something
+
+
+@pytest.mark.parametrize("family", SOLVED)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_singular_moments_without_ridge(name, family):
+    blocks, stats = captured_whole(build(name), random_windows(3, 8))
+    with pytest.raises(ValueError, match=f"{blocks[1].name}: the moments are singular.*raise ridge"):
+        fit(blocks[1], stats, family, ridge=0)
+
+
+@pytest.mark.parametrize("family", SOLVED)
+def test_enough_tokens_need_no_ridge(family):
+    blocks, stats = captured_whole(build("llama"), random_windows(48, 24))
+    assert np.isfinite(pooled(fit(blocks[1], stats, family, ridge=0)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_one_token_is_too_few(family, block):
-    x, y, h = noise(1, HIDDEN), noise(1, HIDDEN), noise(1, INTERMEDIATE)
-    with pytest.raises(ValueError, match="at least 2 tokens, the statistics hold 1"):
-        fit(block, {block: statistics_of(x, y, h)}, family)
+    x, h = noise(1, HIDDEN), noise(1, INTERMEDIATE)
+    with pytest.raises(ValueError, match=f"{block.name}: a fit needs at least 2 tokens, the statistics hold 1"):
+        fit(block, {block: joint_statistics(block, x, h)}, family)
 
 
-def test_no_token_has_no_mean(block):
-    with pytest.raises(ValueError, match="hold no token"):
-        fit(block, {block: BlockStatistics()}, Mean())
-
-
-@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize("family", SOLVED)
 def test_activations_that_are_all_zero(family, block):
     zeros = torch.zeros(20, HIDDEN, dtype=torch.float64)
     h = torch.zeros(20, INTERMEDIATE, dtype=torch.float64)
-    with pytest.raises(ValueError, match="all zero"):
-        fit(block, {block: statistics_of(zeros, zeros, h)}, family)
+    with pytest.raises(ValueError, match=f"{block.name}: the activations are all zero"):
+        fit(block, {block: joint_statistics(block, zeros, h)}, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite(value, family):
+    blocks, stats = captured_whole(build("llama"), random_windows())
+    for name in ("sum_y", "hh", "xx"):
+        broken = {blocks[0]: replace(stats[blocks[0]], **{name: getattr(stats[blocks[0]], name).clone()})}
+        getattr(broken[blocks[0]], name).flatten()[3] = value
+        with pytest.raises(ValueError, match=f"{blocks[0].name}: the statistics are not finite"):
+            fit(blocks[0], broken, family)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("pair", ["x", "y"])
+def test_a_sample_that_is_not_finite(pair, name):
+    blocks, stats = captured_whole(build(name), random_windows())
+    getattr(stats[blocks[0]].train, pair)[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match=f"{blocks[0].name}: the statistics are not finite"):
+        fit(blocks[0], stats, TwoLayerMLP(8))
 
 
 @pytest.mark.parametrize(
-    ("captured_moment", "family", "missing"),
-    [("input", NarrowMLP(24), "hidden"), ("hidden", Linear(), "input"), ("hidden", LowRank(4), "input")],
+    ("given", "family", "missing"),
+    [
+        (("input",), NarrowMLP(24), "hidden"),
+        (("hidden",), Linear(), "input"),
+        (("hidden",), LowRank(4), "input"),
+        (("input", "hidden"), NarrowPlusLinear(20, 4), "cross"),
+        (("input", "cross"), NarrowPlusLinear(20, 4), "hidden"),
+        (("hidden", "cross"), NarrowPlusLinear(20, 4), "input"),
+        (("input",), TwoLayerMLP(8), "hidden"),
+    ],
 )
-def test_a_missing_moment_is_named(captured_moment, family, missing, llama, windows):
-    blocks, stats = capture_quietly(llama, windows, moments=(captured_moment,))
-    with pytest.raises(ValueError, match=f"'{missing}' moment was not captured"):
+def test_a_missing_moment_is_named(given, family, missing, llama, windows):
+    blocks, stats = capture_quietly(llama, windows, moments=given)
+    with pytest.raises(ValueError, match=f"{blocks[0].name}: the '{missing}' moment was not captured"):
         fit(blocks[0], stats, family)
 
 
-def test_a_mixture_of_experts_can_be_replaced_but_not_narrowed():
-    blocks, stats = capture_quietly(build("mixtral"), random_windows(32, 24))
-    with pytest.raises(ValueError, match="no up/down MLP"):
-        fit(blocks[0], stats, NarrowMLP(24))
-    assert pooled(fit(blocks[0], stats, Linear())) < pooled(fit(blocks[0], stats, Mean()))
+@pytest.mark.parametrize("family", [NarrowMLP(24), NarrowPlusLinear(20, 4)])
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_a_block_without_neurons_can_be_replaced_but_not_narrowed(kind, family):
+    blocks, stats = captured_whole(build("mixtral"), random_windows(32, 24), kind=kind)
+    with pytest.raises(ValueError, match=f"{blocks[0].name}.*no up/down MLP"):
+        fit(blocks[0], stats, family)
+    mean = pooled(fit(blocks[0], stats, Mean()))
+    for other in (Linear(), LowRank(8), TwoLayerMLP(24)):
+        assert pooled(fit(blocks[0], stats, other)) < mean
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_replacement_has_the_precision_of_its_block(family, dtype):
-    blocks, stats = capture_quietly(build("llama").to(dtype), random_windows(16))
-    small, exact = fit(blocks[1], stats, family), fit_in_float32(family)
+    blocks, stats = captured_whole(build("llama").to(dtype), random_windows(32, 24))
+    exact_blocks, exact_stats = captured_whole(build("llama"), random_windows(32, 24))
+    small, exact = fit(blocks[1], stats, family), fit(exact_blocks[1], exact_stats, family)
     assert {p.dtype for p in small.parameters()} == {dtype}
     assert stats[blocks[1]].train.x.dtype == dtype
     assert pooled(small) == pytest.approx(pooled(exact), rel=0.1)
-
-
-def fit_in_float32(family):
-    blocks, stats = capture_quietly(build("llama"), random_windows(16))
-    return fit(blocks[1], stats, family)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, INTERMEDIATE, build, capture_quietly, random_windows
+from conftest import HIDDEN, INTERMEDIATE, activations, build, capture_quietly, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import BlockStatistics, NarrowMLP, find_blocks, fit, selection
@@ -49,6 +49,17 @@ def narrow_error(block, s, rule: str, width: int, ridge: float = 1e-9) -> float:
     return least_squares_error(
         c + ridge * np.diag(c).mean() * np.eye(len(c)), w, select(block, s, width, rule, ridge, 0).tolist()
     )
+
+
+def test_the_kept_neurons_are_those_of_largest_output_energy(llama):
+    """Output columns from 0.1 to 10 times as large: neither the input nor the weight alone gives the order."""
+    windows, block = random_windows(), find_blocks(llama)[0]
+    block.weights().down.mul_(torch.logspace(-1, 1, INTERMEDIATE))
+    _, stats = capture_quietly(llama, windows)
+    h, own = activations(llama, block, windows[:6])["h"], block.weights()
+    energy = h.square().sum(0) * own.down.double().square().sum(0)
+    best = energy.argsort(descending=True)[:10].sort().values
+    assert torch.equal(fit(block, stats, NarrowMLP(10)).body.up.weight, own.up[best])
 
 
 @pytest.mark.parametrize("name", NAMES)
