@@ -155,6 +155,7 @@ def test_what_transformers_does_to_a_cache_happens_to_ours(hybrid_llama):
         swapped = model(ids.flip(0)[:, 8:], past_key_values=branch).logits
         torch.testing.assert_close(swapped, full.flip(0)[:, 8:])
         cache.crop(-3)
+        assert [layer.get_seq_length() for layer in cache.layers] == [5] * 5  # three of the model, two of ours
         torch.testing.assert_close(model(ids[:, 5:7], past_key_values=cache).logits, full[:, 5:7])
         cache.batch_select_indices(torch.tensor([1]))
         torch.testing.assert_close(model(ids[1:, 7:], past_key_values=cache).logits, full[1:, 7:])
