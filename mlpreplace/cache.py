@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .assets import cache_dir
 
 PACKAGE = Path(__file__).parent
-_PARSING = threading.Lock()  # ast.parse is not safe in threads before Python 3.13 (python/cpython#106905)
+_PARSING = threading.Lock()  # Python 3.11 counts the depth of ast.parse for all threads together, and fails (gh-106905)
 
 
 @cache
