@@ -30,6 +30,7 @@ from mlpreplace import (
     fit_all,
 )
 from mlpreplace.capture import MOMENTS
+from mlpreplace.reports import sample_errors
 
 FAMILIES = [Mean(), Linear(), LowRank(4), NarrowMLP(24), NarrowPlusLinear(20, 4), TwoLayerMLP(24)]
 TINY = 1e-10  # a ridge that only keeps the solver defined
@@ -62,8 +63,9 @@ def captured_whole(model, windows: torch.Tensor, **options):
 
 
 def train_error(block, stats, family, **options) -> float:
-    """Pooled error over the fitting tokens, with next to no ridge."""
-    return fit(block, stats, family, **{"ridge": 1e-6, "samples": ("train",)} | options).report.train.pooled
+    """Pooled error over all sampled tokens, with next to no ridge."""
+    small = fit(block, stats, family, **{"ridge": 1e-6, "samples": ()} | options)
+    return sample_errors(small, stats[block].train).pooled
 
 
 def pooled(replacement) -> float:
@@ -355,8 +357,7 @@ def test_some_features_of_a_gated_block_are_almost_linear(name):
     x = stats[b].train.x.flatten(0, 1).double()
     linear = statistics_of(x, x @ noise(HIDDEN, 4, seed=4) @ noise(4, HIDDEN, seed=5))
     linear.sum_h, linear.hh = stats[b].sum_h, stats[b].hh
-    error = fit(b, {b: linear}, TwoLayerMLP(10), ridge=1e-6).report.train.pooled
-    assert error < 0.02 < fit(b, {b: linear}, LowRank(3), ridge=1e-6).report.train.pooled
+    assert train_error(b, {b: linear}, TwoLayerMLP(10)) < 0.02 < train_error(b, {b: linear}, LowRank(3))
 
 
 def test_a_shallow_mlp_may_be_wider_than_the_block_has_directions():
@@ -364,9 +365,8 @@ def test_a_shallow_mlp_may_be_wider_than_the_block_has_directions():
     blocks, stats = captured_whole(build("mixtral"), random_windows(32, 24))
     b = blocks[0]
     directions = HIDDEN * 3 // 2
-    wide, again, other = (fit(b, stats, TwoLayerMLP(directions + 30), seed=seed) for seed in (0, 0, 1))
-    assert wide.report.train.pooled < fit(b, stats, TwoLayerMLP(directions)).report.train.pooled
-    first, second, third = (r.body.up.weight for r in (wide, again, other))
+    assert train_error(b, stats, TwoLayerMLP(directions + 30)) < train_error(b, stats, TwoLayerMLP(directions))
+    first, second, third = (fit(b, stats, TwoLayerMLP(directions + 30), seed=seed).body.up.weight for seed in (0, 0, 1))
     assert torch.equal(first, second)
     assert torch.equal(first[:directions], third[:directions])
     assert not torch.equal(first, third)
