@@ -106,6 +106,8 @@ def _fit(
     if training is not None:
         if s.train is None or s.validation is None:
             raise ValueError(f"{block.name}: training needs pairs, capture(..., sample_windows=None, validation_windows=4).")
+        if family.looks_back and any((~p.mask[:, :-1] & p.mask[:, 1:]).any() for p in (s.train, s.validation)):
+            raise ValueError(f"{block.name}: {family} would read padding before the text: pad calibration windows on the right.")
         # in at least float32, whatever the model is in: small steps would be lost in half precision
         body = family.build(block).to(device=block.device, dtype=torch.promote_types(block.dtype, torch.float32))
         body.load_state_dict(state)

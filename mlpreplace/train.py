@@ -33,9 +33,9 @@ class Training:
 
     loss: str = "mse"
     epochs: int = 4
-    learning_rate: float = 1e-3  # of Adam, at the end of the warm-up; decays to zero along a half cosine
+    learning_rate: float = 3e-3  # of Adam, at the end of the warm-up; decays to zero along a half cosine
     warmup: float = 0.05  # share of the steps
-    batch_tokens: int = 256  # whole windows, at least one, where a family looks back
+    batch_tokens: int = 512  # whole windows, at least one, where a family looks back
     check_tokens: int = 8192  # between two looks at the validation windows
     patience: int = 6  # checks without a new best before stopping
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import build, capture_quietly, random_windows, sample_of
 
-from mlpreplace import LowRank, NarrowMLP, Training, TwoLayerMLP, fit, fit_all
+from mlpreplace import ConvMLP, LowRank, NarrowMLP, Training, TwoLayerMLP, fit, fit_all
 from mlpreplace import train as training_module
 from mlpreplace.train import _learning_rate
 
@@ -109,6 +109,15 @@ def test_padding_teaches_nothing():
     for sample in (stats[blocks[1]].train, stats[blocks[1]].validation):
         sample.x[~sample.mask], sample.y[~sample.mask] = 1e3, -1e3
     assert same(clean, fit(blocks[1], stats, NarrowMLP(16), training=Training(**FAST)))
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_padding_before_the_text_is_refused_where_a_family_looks_back(part, llama, windows):
+    blocks, stats = capture_quietly(llama, windows, sample_windows=None)
+    getattr(stats[blocks[1]], part).mask[0, :3] = False
+    assert fit(blocks[1], stats, NarrowMLP(16), training=Training(**FAST)).report.training
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp: ConvMLP.*pad calibration windows on the right"):
+        fit(blocks[1], stats, ConvMLP(16), training=Training(**FAST))
 
 
 def test_a_half_precision_block_is_trained_in_single_precision():
