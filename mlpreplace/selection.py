@@ -56,7 +56,7 @@ def _obs(block: Block, s: BlockStatistics, width: int, ridge: float, seed: int) 
         costs = w.square().sum(1) / inverse.diagonal()
         n = min(size, len(left) - width)
         candidates = costs.topk(min(2 * n, len(left)), largest=False).indices
-        batch = candidates[_cheapest(inverse[candidates][:, candidates], w[candidates], n)]
+        batch = candidates[_cheapest(inverse[candidates][:, candidates], w[candidates] @ w[candidates].T, n)]
         removed[left[batch]] = len(c) - len(left)
         stay = torch.ones(len(left), dtype=torch.bool, device=c.device)
         stay[batch] = False
@@ -69,18 +69,19 @@ def _obs(block: Block, s: BlockStatistics, width: int, ridge: float, seed: int) 
     return removed
 
 
-def _cheapest(inverse: Tensor, w: Tensor, n: int) -> Tensor:
-    """Indices of ``n`` neurons removed one at a time, [n], from their part of C⁻¹ and W."""
-    inverse, w, order = inverse.clone(), w.clone(), []
-    costs = w.square().sum(1) / inverse.diagonal()
+def _cheapest(inverse: Tensor, gram: Tensor, n: int) -> Tensor:
+    """Indices of ``n`` neurons removed one at a time, [n], from their part of C⁻¹ and of WWᵀ."""
+    inverse, gram, order = inverse.clone(), gram.clone(), []
+    gone = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     for _ in range(n):
-        j = int(costs.argmin())
+        j = int((gram.diagonal() / inverse.diagonal()).masked_fill(gone, torch.inf).argmin())
         order.append(j)
-        direction = inverse[:, j] / inverse[j, j]
-        w -= torch.outer(direction, w[j])
-        inverse -= torch.outer(direction, inverse[j])
-        costs = (w.square().sum(1) / inverse.diagonal()).index_fill(0, torch.tensor(order, device=w.device), torch.inf)
-    return torch.tensor(order, device=w.device)
+        gone[j] = True
+        step = inverse[:, j] / inverse[j, j]  # W ← W − step W_jᵀ
+        gram -= torch.outer(step, gram[j])
+        gram -= torch.outer(gram[:, j], step)
+        inverse -= torch.outer(step, inverse[j])
+    return torch.tensor(order, device=gram.device)
 
 
 def _random(block: Block, s: BlockStatistics, width: int, ridge: float, seed: int) -> Tensor:
