@@ -172,8 +172,9 @@ def _features(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> 
     gate − up/2 of the neurons to keep, as act(g + u/2) − act(g − u/2) ≈ act'(g)·u; of another, v·x again, which bends. The
     rest, where the module is wider than that, is random.
 
-    On three blocks of a 135M-parameter Llama this had a lower held-out error, as it is and after two epochs, than gate rows
-    alone, up rows alone, or Gaussian rows, whitened or not.
+    On three blocks of a 135M-parameter Llama, at 12.5, 25 and 50 % of their parameters, the held-out error was lower than
+    with gate rows, up rows or Gaussian rows (whitened or not), both as it is and after two epochs. The linear rows lower
+    it most in a small module; in a late block at half size they cost 3 %.
     """
     hidden, mean = block.hidden_size, s.sum_x / s.tokens
     xx = centred(s.xx, s.sum_x, s.sum_x, s.tokens) / s.tokens
