@@ -248,7 +248,7 @@ class NarrowPlusLinear(Family):
     def nearest(cls, block: Block, n_params: float) -> Family:
         """Rank d/6 in a small module and less in a larger one, where more neurons are worth more; at most half of it.
 
-        Near the best split at 3, 6, 12.5, 25 and 50 % of three MLPs of a 135M-parameter Llama, held-out error.
+        Within 3 % of the best split's validation error at 6, 12.5, 25 and 50 % of MLPs of a 135M-parameter Llama.
         """
         rank = block.hidden_size / 6 * (1 - n_params / block.n_params)
         linear = LowRank.nearest(block, min(2 * block.hidden_size * rank, n_params / 2))

@@ -227,7 +227,7 @@ def planted_mixture(block):
         (planted_convolution, ConvMLP(12, kernel=4), Training(epochs=20, learning_rate=3e-2)),
         (planted_attention, AttentionMLP(12, head_dim=4), Training(epochs=30, learning_rate=3e-2)),
         (planted_transformer, TransformerBlock(2), Training(epochs=40, learning_rate=3e-2)),
-        (planted_mixture, MixtureOfExperts(5, experts=8), Training(epochs=60, learning_rate=2e-2)),
+        (planted_mixture, MixtureOfExperts(5, experts=8), Training(epochs=60, learning_rate=2e-2, batch_tokens=256)),
     ],
     ids=["convolution", "attention", "transformer", "mixture"],
 )
