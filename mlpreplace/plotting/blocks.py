@@ -27,7 +27,7 @@ def output_concentration(rows: pd.DataFrame) -> Figure:
     left.set_xlabel("layer (dashed: if all tokens were alike)")
     right.plot(rows["layer"], rows["median"], color="#0072B2", marker="o", markersize=3, label="median per token")
     right.plot(rows["layer"], rows["pooled"], color="#D55E00", linestyle="--", marker="s", markersize=3, label="pooled (1 − R²)")
-    right.set(yscale="log", xlabel="layer", ylabel="held-out error", title="so a pooled error hides the others")
+    right.set(yscale="log", xlabel="layer", ylabel="validation error", title="so a pooled error hides the others")
     right.legend(loc="lower right")
     return figure
 
@@ -38,46 +38,65 @@ def _blocks(rows: pd.DataFrame) -> list[tuple[int, str]]:
     return [(layer, f"{position}: layer {layer}") for layer, position in found]
 
 
-def _percent(axis: mpl.axis.Axis) -> None:
-    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 3)))
+def _percent(axis: mpl.axis.Axis, subs: tuple[float, ...] = (1, 3)) -> None:
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=subs))
     axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
 def error_vs_parameters(rows: pd.DataFrame) -> Figure:
-    """Median per-token error on held-out text against the share of the block's parameters kept; a column a block, closed
-    forms above, trained replacements below. Thin: on fitting tokens. Hollow: a mixture at the parameters one token uses.
+    """Median per-token error on held-out text against the share of the block's parameters kept; a column a block.
+
+    Above, closed forms (thin: on fitting tokens; band: quartiles). Below, trained replacements, as a ratio to the closed-form
+    NarrowMLP of the same size, interpolated; hollow: a mixture of experts at the parameters one token uses.
 
     Args:
         rows: family, trained (the loss, or none), layer, position, share_of_block, active_share_of_block,
             split ("train", "heldout", others are not drawn), median, q25, q75.
     """
     blocks = _blocks(rows)
-    figure, panels = plt.subplots(2, len(blocks), figsize=(7.2, 5.4), sharex=True, sharey=True, squeeze=False)
-    halves = {"closed form": rows[rows["trained"].isna()], "trained": rows[rows["trained"].notna()]}
+    figure, panels = plt.subplots(2, len(blocks), figsize=(7.2, 5.2), sharey="row", squeeze=False)
     seen: dict[str, mpl.artist.Artist] = {}
-    for line_of_panels, (kind, half) in zip(panels, halves.items(), strict=True):
-        for axes, (layer, title) in zip(line_of_panels, blocks, strict=True):
-            for family, part in half[half["layer"] == layer].groupby("family", sort=False):
-                look = LOOKS[family] | {"markersize": 4, "linewidth": 1.1}
-                held, train = (part[part["split"] == split].sort_values("share_of_block") for split in ("heldout", "train"))
-                axes.plot(train["share_of_block"], train["median"], color=look["color"], linewidth=0.6, alpha=0.5)
-                (seen[family],) = axes.plot(held["share_of_block"], held["median"], **look)
-                if family == "NarrowMLP":
-                    axes.fill_between(held["share_of_block"], held["q25"], held["q75"], color=look["color"], alpha=0.12, lw=0)
-                if (held["active_share_of_block"] < held["share_of_block"]).any():
-                    axes.plot(held["active_share_of_block"], held["median"], **look | {"linestyle": "", "mfc": "white"})
+    for (above, below), (layer, title) in zip(panels.T, blocks, strict=True):
+        part = rows[rows["layer"] == layer].sort_values("share_of_block")
+        solved, trained = part[part["trained"].isna()], part[part["trained"].notna() & (part["split"] == "heldout")]
+        for family, fits in solved.groupby("family", sort=False):
+            look = LOOKS[family] | {"markersize": 4, "linewidth": 1.1}
+            held, train = (fits[fits["split"] == split] for split in ("heldout", "train"))
+            above.plot(train["share_of_block"], train["median"], color=look["color"], linewidth=0.6, alpha=0.6)
+            (seen[family],) = above.plot(held["share_of_block"], held["median"], **look)
+            if family == "NarrowMLP":
+                above.fill_between(held["share_of_block"], held["q25"], held["q75"], color=look["color"], alpha=0.12, lw=0)
+                size, error = np.log(held["share_of_block"]), np.log(held["median"])
+        for family, fits in trained.groupby("family", sort=False):
+            look = LOOKS[family] | {"markersize": 4, "linewidth": 1.1}
+            for share, style in (("share_of_block", {}), ("active_share_of_block", {"linestyle": "", "mfc": "white"})):
+                known = fits[(np.log(fits[share]) > size.min() - 0.1) & (fits[share] <= fits["share_of_block"])]
+                ratio = known["median"] / np.exp(np.interp(np.log(known[share]), size, error))
+                if not style:
+                    (seen[family],) = below.plot(known[share], ratio, **look)
+                elif (known[share] < known["share_of_block"]).any():
+                    below.plot(known[share], ratio, **look | style)
+        for axes in (above, below):
             axes.axhline(1, color="0.4", linewidth=0.8)
-            axes.set(xscale="log", yscale="log", title=title if kind == "closed form" else None)
-            _percent(axes.xaxis)
-        line_of_panels[0].set_ylabel(f"{kind}\n‖g(x) − y‖² / ‖y‖² per token")
-    plain_log_ticks(panels[0][0].yaxis)
-    for axes in panels[-1]:
-        axes.set_xlabel("parameters kept in the block")
+            axes.set(xscale="log", yscale="log")
+        above.set_title(title)
+        _percent(above.xaxis, (1,))
+        _percent(below.xaxis)
+        plain_log_ticks(above.yaxis)
+        plain_log_ticks(below.yaxis, "×%g", subs=(0.7, 0.8, 0.9, 1, 1.5, 2, 3, 5))
+        below.set_xlabel("parameters kept in the block")
+    panels[1][0].set_ylim(0.6, 3.2)  # what is far worse leaves the panel
+    panels[0][0].set_ylabel("closed form\n‖g(x) − y‖² / ‖y‖² per token")
+    panels[1][0].set_ylabel("trained ÷ closed-form\nNarrowMLP of that size")
     zero = panels[0][0]
     zero.text(0.98, 1.05, "output of zero", transform=zero.get_yaxis_transform(), fontsize=7, color="0.4", ha="right")
     thin = mpl.lines.Line2D([], [], color="0.4", linewidth=0.6)
-    figure.legend([*seen.values(), thin], [*seen, "thin: on fitting tokens"], loc="outside upper center", ncols=5)
+    hollow = mpl.lines.Line2D([], [], color="0.4", marker="h", mfc="white", linestyle="")
+    families = [family for family in LOOKS if family in seen]
+    handles = [*(seen[family] for family in families), thin, hollow]
+    names = [*families, "on fitting tokens", "active parameters"]
+    figure.legend(handles, names, loc="outside upper center", ncols=4)
     return figure
 
 
@@ -95,7 +114,7 @@ def loss_curves(rows: pd.DataFrame) -> Figure:
             axes.plot(line["curve_tokens"], line["train_loss"], color=look["color"], linewidth=0.6, alpha=0.6)
             axes.plot(line["curve_tokens"], line["validation_loss"], markevery=(0.0, 0.25), label=family, **look)
         axes.set(yscale="log", title=title, xlabel="tokens trained on")
-        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k")
+        axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k" if tokens else "0")
         axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(_round_step(rows["curve_tokens"].max())))
         plain_log_ticks(axes.yaxis, subs=tuple(range(1, 10)))
     panels[0][0].set_ylabel("loss (Σ‖g(x) − y‖² / Σ‖y‖²)")
@@ -133,7 +152,7 @@ def training_gain(rows: pd.DataFrame) -> Figure:
                 text, (end["fit_seconds"], end["median"]), xytext=(5, -2), textcoords="offset points", fontsize=7, va="center"
             )
         axes.set(xscale="log", yscale="log", title=title, xlabel="seconds of fitting (one thread)")
-        axes.set_xlim(right=rows["fit_seconds"].max() * 20)
+        axes.set_xlim(right=rows["fit_seconds"].max() * 12)  # room for the labels
         axes.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     plain_log_ticks(panels[0][0].yaxis)
     panels[0][0].set_ylabel("median held-out error per token")

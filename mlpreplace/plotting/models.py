@@ -43,7 +43,7 @@ def damage_prediction(rows: pd.DataFrame) -> Figure:
     """
     figure, panels = plt.subplots(1, 2, figsize=(6.8, 3.0), sharey=True)
     titles = {"local_error": "error ÷ the block's own output", "damage": "error ÷ the residual stream"}
-    labels = {"local_error": "Σ‖g(x) − y‖² / Σ‖y‖², held-out", "damage": "mean of ‖g(x) − y‖² / ‖r‖², held-out"}
+    labels = {"local_error": "Σ‖g(x) − y‖² / Σ‖y‖², validation tokens", "damage": "mean of ‖g(x) − y‖² / ‖r‖², validation tokens"}
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         for family, part in rows.groupby("family", sort=False):
             look = {k: v for k, v in LOOKS[family].items() if k != "linestyle"}
