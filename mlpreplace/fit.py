@@ -138,7 +138,7 @@ def fit_all(
     stats: Statistics,
     families: Iterable[Family],
     *,
-    n_jobs: int = -1,
+    n_jobs: int | None = None,
     progress: bool = True,
     **options,
 ) -> dict[Block, list[Replacement]]:
@@ -148,12 +148,14 @@ def fit_all(
     of this process unless a ``joblib.parallel_config`` says otherwise.
 
     Args:
-        n_jobs: fits at a time; -1 for as many as there are cores.
+        n_jobs: fits at a time, -1 for as many as there are cores; by default that on a CPU, and one on an accelerator.
         options: those of :func:`fit`.
     """
     blocks, families = list(blocks), list(families)
     if missing := [block.name for block in blocks if block not in stats]:
         raise ValueError(f"Not in the statistics: {', '.join(missing)}. Capture them first.")
+    if n_jobs is None:
+        n_jobs = -1 if all(block.device.type == "cpu" for block in blocks) else 1
     jobs = [(block, family) for block in blocks for family in families]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
