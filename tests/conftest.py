@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mlpreplace import BlockStatistics, Sample, assets, cache, capture, find_blocks, load_model
+from mlpreplace.capture import MOMENTS
 
 t.logging.set_verbosity_error()
 
@@ -136,6 +137,11 @@ def activations(model, block, windows: torch.Tensor, mask: torch.Tensor | None =
     return {name: value.reshape(-1, value.shape[-1]) for name, value in seen.items()}
 
 
+def noise(*shape, seed: int = 0) -> torch.Tensor:
+    """Gaussian, in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def sample_of(x: torch.Tensor, y: torch.Tensor) -> Sample:
     """[tokens, hidden] pairs as a sample of one window, residual energy 1."""
     ones = torch.ones(1, len(x))
@@ -153,10 +159,24 @@ def statistics_of(x: torch.Tensor, y: torch.Tensor, h: torch.Tensor | None = Non
     return s
 
 
+def joint_statistics(block, x: torch.Tensor, h: torch.Tensor) -> BlockStatistics:
+    """Statistics of a block whose neurons gave ``h``, [tokens, intermediate], on ``x``."""
+    own = block.weights()
+    y = h @ own.down.double().T + (0 if own.down_bias is None else own.down_bias.double())
+    s = statistics_of(x, y, h)
+    s.hx = h[: s.tokens].T @ x[: s.tokens]
+    return s
+
+
 def capture_quietly(model, windows: torch.Tensor, kind: str = "mlp", **options):
     """(blocks, statistics) of a model."""
     blocks = find_blocks(model, kind)
     return blocks, capture(model, blocks, windows, **{"validation_windows": 2, "sample_windows": 2, "progress": False} | options)
+
+
+def captured_whole(model, windows: torch.Tensor, **options):
+    """(blocks, statistics) with every moment and all fitting windows as the sample."""
+    return capture_quietly(model, windows, **{"moments": MOMENTS, "sample_windows": None} | options)
 
 
 def word_tokenizer(words) -> t.PreTrainedTokenizerFast:

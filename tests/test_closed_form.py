@@ -1,7 +1,5 @@
 """Closed-form fits against planted answers, a NumPy reference and the errors of simpler choices."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,13 +10,15 @@ from conftest import (
     activations,
     build,
     capture_quietly,
+    captured_whole,
+    joint_statistics,
+    noise,
     random_windows,
     statistics_of,
 )
 from torch.testing import assert_close
 
 from mlpreplace import (
-    BlockStatistics,
     Linear,
     LowRank,
     Mean,
@@ -29,7 +29,6 @@ from mlpreplace import (
     fit,
     fit_all,
 )
-from mlpreplace.capture import MOMENTS
 from mlpreplace.reports import sample_errors
 
 FAMILIES = [Mean(), Linear(), LowRank(4), NarrowMLP(24), NarrowPlusLinear(20, 4), TwoLayerMLP(24)]
@@ -39,10 +38,6 @@ TINY = 1e-10  # a ridge that only keeps the solver defined
 @pytest.fixture
 def block(llama):
     return find_blocks(llama)[1]
-
-
-def noise(*shape, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def anisotropic(tokens: int = 400) -> torch.Tensor:
@@ -55,11 +50,6 @@ def planted(rank: int = HIDDEN) -> tuple[torch.Tensor, torch.Tensor]:
     """(x, y) with y = x A + b exactly, A of the given rank."""
     x = anisotropic()
     return x, x @ noise(HIDDEN, rank, seed=4) @ noise(rank, HIDDEN, seed=5) + noise(HIDDEN, seed=6)
-
-
-def captured_whole(model, windows: torch.Tensor, **options):
-    """(blocks, statistics) with every moment and all fitting windows as the sample."""
-    return capture_quietly(model, windows, **{"moments": MOMENTS, "sample_windows": None} | options)
 
 
 def train_error(block, stats, family, **options) -> float:
@@ -208,15 +198,6 @@ def test_every_family_beats_the_mean():
 
 
 # neurons and a linear map side by side
-
-
-def joint_statistics(block, x: torch.Tensor, h: torch.Tensor) -> BlockStatistics:
-    """Statistics of a block whose neurons gave ``h``, [tokens, intermediate], on ``x``."""
-    own = block.weights()
-    y = h @ own.down.double().T + (0 if own.down_bias is None else own.down_bias.double())
-    s = statistics_of(x, y, h)
-    s.hx = h[: s.tokens].T @ x[: s.tokens]
-    return s
 
 
 @pytest.mark.parametrize("rank", [1, 8])
@@ -386,109 +367,3 @@ def test_padding_is_in_no_feature():
     s.train.x, s.train.y = (torch.cat([t, torch.full_like(t, 1e3)], 1) for t in (s.train.x, s.train.y))
     s.train.mask = torch.cat([s.train.mask, torch.zeros_like(s.train.mask)], 1)
     assert torch.equal(fit(b, stats, TwoLayerMLP(8), samples=()).body.down.weight, clean)
-
-
-# hard cases
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_fewer_tokens_than_dimensions(name, family):
-    blocks, stats = captured_whole(build(name), random_windows(3, 8))
-    for b in blocks:
-        assert stats[b].tokens == 8 < family.n_params(b) / HIDDEN or family == Mean()
-        small = fit(b, stats, family)
-        assert all(torch.isfinite(p).all() for p in small.parameters())
-        assert np.isfinite(pooled(small))
-
-
-SOLVED = FAMILIES[1:]  # all that solve for something
-
-
-@pytest.mark.parametrize("family", SOLVED)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_singular_moments_without_ridge(name, family):
-    blocks, stats = captured_whole(build(name), random_windows(3, 8))
-    with pytest.raises(ValueError, match=f"{blocks[1].name}: the moments are singular.*raise ridge"):
-        fit(blocks[1], stats, family, ridge=0)
-
-
-@pytest.mark.parametrize("family", SOLVED)
-def test_enough_tokens_need_no_ridge(family):
-    blocks, stats = captured_whole(build("llama"), random_windows(48, 24))
-    assert np.isfinite(pooled(fit(blocks[1], stats, family, ridge=0)))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_token_is_too_few(family, block):
-    x, h = noise(1, HIDDEN), noise(1, INTERMEDIATE)
-    with pytest.raises(ValueError, match=f"{block.name}: a fit needs at least 2 tokens, the statistics hold 1"):
-        fit(block, {block: joint_statistics(block, x, h)}, family)
-
-
-@pytest.mark.parametrize("family", SOLVED)
-def test_activations_that_are_all_zero(family, block):
-    zeros = torch.zeros(20, HIDDEN, dtype=torch.float64)
-    h = torch.zeros(20, INTERMEDIATE, dtype=torch.float64)
-    with pytest.raises(ValueError, match=f"{block.name}: the activations are all zero"):
-        fit(block, {block: joint_statistics(block, zeros, h)}, family)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_moments_that_are_not_finite(value, family):
-    blocks, stats = captured_whole(build("llama"), random_windows())
-    for name in ("sum_y", "hh", "xx"):
-        broken = {blocks[0]: replace(stats[blocks[0]], **{name: getattr(stats[blocks[0]], name).clone()})}
-        getattr(broken[blocks[0]], name).flatten()[3] = value
-        with pytest.raises(ValueError, match=f"{blocks[0].name}: the statistics are not finite"):
-            fit(blocks[0], broken, family)
-
-
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-@pytest.mark.parametrize("pair", ["x", "y"])
-def test_a_sample_that_is_not_finite(pair, name):
-    blocks, stats = captured_whole(build(name), random_windows())
-    getattr(stats[blocks[0]].train, pair)[1, 2, 3] = float("nan")
-    with pytest.raises(ValueError, match=f"{blocks[0].name}: the statistics are not finite"):
-        fit(blocks[0], stats, TwoLayerMLP(8))
-
-
-@pytest.mark.parametrize(
-    ("given", "family", "missing"),
-    [
-        (("input",), NarrowMLP(24), "hidden"),
-        (("hidden",), Linear(), "input"),
-        (("hidden",), LowRank(4), "input"),
-        (("input", "hidden"), NarrowPlusLinear(20, 4), "cross"),
-        (("input", "cross"), NarrowPlusLinear(20, 4), "hidden"),
-        (("hidden", "cross"), NarrowPlusLinear(20, 4), "input"),
-        (("input",), TwoLayerMLP(8), "hidden"),
-    ],
-)
-def test_a_missing_moment_is_named(given, family, missing, llama, windows):
-    blocks, stats = capture_quietly(llama, windows, moments=given)
-    with pytest.raises(ValueError, match=f"{blocks[0].name}: the '{missing}' moment was not captured"):
-        fit(blocks[0], stats, family)
-
-
-@pytest.mark.parametrize("family", [NarrowMLP(24), NarrowPlusLinear(20, 4)])
-@pytest.mark.parametrize("kind", ["mlp", "attention"])
-def test_a_block_without_neurons_can_be_replaced_but_not_narrowed(kind, family):
-    blocks, stats = captured_whole(build("mixtral"), random_windows(32, 24), kind=kind)
-    with pytest.raises(ValueError, match=f"{blocks[0].name}.*no up/down MLP"):
-        fit(blocks[0], stats, family)
-    mean = pooled(fit(blocks[0], stats, Mean()))
-    for other in (Linear(), LowRank(8), TwoLayerMLP(24)):
-        assert pooled(fit(blocks[0], stats, other)) < mean
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_replacement_has_the_precision_of_its_block(family, dtype):
-    blocks, stats = captured_whole(build("llama").to(dtype), random_windows(32, 24))
-    exact_blocks, exact_stats = captured_whole(build("llama"), random_windows(32, 24))
-    small, exact = fit(blocks[1], stats, family), fit(exact_blocks[1], exact_stats, family)
-    assert {p.dtype for p in small.parameters()} == {dtype}
-    assert stats[blocks[1]].train.x.dtype == dtype
-    assert pooled(small) == pytest.approx(pooled(exact), rel=0.1)
