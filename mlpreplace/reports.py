@@ -39,7 +39,7 @@ class TrainingReport:
 
     loss: str  # "mse", "cosine" or "both"
     curve_tokens: list[int]  # tokens that had passed, each epoch counted
-    train_curve: list[float]  # mean objective since the check before
+    train_curve: list[float]  # mean objective since the check before; the first is of as many tokens at the start
     validation_curve: list[float]
     steps: int
     seconds: float

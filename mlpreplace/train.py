@@ -21,6 +21,7 @@ from .capture import Sample
 from .reports import TrainingReport
 
 LOSSES = ("mse", "cosine", "both")
+CHUNK = 4096  # tokens at a time where no gradient is needed
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,11 @@ class _Pairs:
         return mse + cosine
 
     @torch.no_grad()
-    def mean_error(self, body: nn.Module, loss: str, energy: Tensor, tokens: int = 4096) -> float:
-        step = max(1, tokens // self.tokens_per_item)
-        parts = [self.errors(body, slice(i, i + step), loss, energy) for i in range(0, len(self), step)]
+    def mean_error(self, body: nn.Module, loss: str, energy: Tensor, most: int | None = None) -> float:
+        """The objective over the first ``most`` tokens, or all."""
+        step = max(1, CHUNK // self.tokens_per_item)
+        items = len(self) if most is None else min(len(self), max(1, most // self.tokens_per_item))
+        parts = [self.errors(body, slice(i, min(i + step, items)), loss, energy) for i in range(0, items, step)]
         return torch.cat(parts).double().mean().item()
 
 
@@ -165,10 +168,10 @@ def train(
     every = max(1, how.check_tokens // (per_batch * pairs.tokens_per_item))
     state = _State(body.requires_grad_(True))
     if checkpoint is None or not state.load(checkpoint):
-        energies = pairs.mean_error(body, how.loss, pairs.energy), unseen.mean_error(body, how.loss, pairs.energy)
-        if not all(math.isfinite(e) for e in energies):
+        first = pairs.mean_error(body, how.loss, pairs.energy, how.check_tokens)
+        state.record(0, first, unseen.mean_error(body, how.loss, pairs.energy))
+        if not all(math.isfinite(e) for e in (pairs.energy.item(), *state.curves[0])):
             raise ValueError("The start's error is not finite: the activations, or the closed form, hold NaN or infinity.")
-        state.record(0, *energies)
 
     stopped, start, before = "finished", time.perf_counter(), state.seconds
     losses: list[Tensor] = []

@@ -85,7 +85,7 @@ def test_readme_results_are_those_of_the_figure():
     """Every ×number in the README's results table is a perplexity ratio of figures/04_pareto.json."""
     rows = json.loads((ROOT / "figures" / "04_pareto.json").read_text())["rows"]
     ratios = {(r["method"], r["sparsity"], r["domain"]): r["perplexity_ratio"] for r in rows}
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| .*×", line)]
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| .*×\d", line)]
     assert len(lines) == len({r["method"] for r in rows} - {"dense"})
     for line in lines:
         method, *cells = (cell.strip() for cell in line.strip("|").split("|"))
@@ -93,3 +93,19 @@ def test_readme_results_are_those_of_the_figure():
             wiki, speeches = (float(n) for n in re.findall(r"×([\d.]+)", cell))
             assert wiki == pytest.approx(ratios[method, sparsity, "bundled/wiki"], abs=0.006), line
             assert speeches == pytest.approx(ratios[method, sparsity, "bundled/speeches"], abs=0.006), line
+
+
+def test_readme_errors_are_those_of_the_figure():
+    """Every family's row: mean over the blocks of the median held-out error at a quarter of a block's parameters."""
+    rows = json.loads((ROOT / "figures" / "02_error_vs_parameters.json").read_text())["rows"]
+    errors: dict[tuple[str, bool], list[float]] = {}
+    for r in rows:
+        if r["split"] == "heldout" and abs(r["share_of_block"] / 0.25 - 1) < 0.1:
+            errors.setdefault((r["family"], r["trained"] is not None), []).append(r["median"])
+    lines = re.findall(r"^\| `(\w+)` \| ([\d.–]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {family for family, *_ in lines} == {family for family, _ in errors}
+    for family, *cells in lines:
+        for trained, cell in zip((False, True), cells, strict=True):
+            of_blocks = errors.get((family, trained))
+            expected = "–" if of_blocks is None else f"{sum(of_blocks) / len(of_blocks):.3f}"
+            assert cell == expected, family
