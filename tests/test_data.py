@@ -9,7 +9,8 @@ from conftest import word_tokenizer
 from datasets import Dataset
 
 from mlpreplace import documents, load_windows
-from mlpreplace.data import BUNDLED, SPLITS
+from mlpreplace.data import SPLITS
+from mlpreplace.texts import BUNDLED
 
 WORDS = 40  # different words of a document, each in no other
 DOCUMENTS = 120
@@ -210,7 +211,7 @@ def test_a_data_set_is_read_by_its_configuration(tokenizer, monkeypatch):
 
 def test_only_the_first_rows_of_a_data_set_are_read(monkeypatch):
     hub_of(monkeypatch, [{"text": str(i)} for i in range(20)])
-    monkeypatch.setattr("mlpreplace.data.HUB_DOCUMENTS", 7)
+    monkeypatch.setattr("mlpreplace.texts.HUB_DOCUMENTS", 7)
     assert [content for _, content in documents("owner/name:small")] == [str(i) for i in range(7)]
 
 

