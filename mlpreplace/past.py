@@ -1,21 +1,70 @@
-"""What a replacement that looks back must know of the call it is part of: which sequences, and what came before them.
+"""What replacements and the cache of keys and values have to do with each other.
 
-A block sees hidden states and nothing else, so a hook on the layer it stands in finds the cache among the layer's
-arguments. What a replacement has to remember is kept in that cache, as one more of its layers: beam search, cropping
-and copying then work on it as they do on the model's own keys and values.
+A replacement that looks back must know of the call it is part of: which sequences, and what came before them. A block
+sees hidden states and nothing else, so a hook on the layer it stands in finds the cache among the layer's arguments.
+What a replacement has to remember is kept in that cache, as one more of its layers: beam search, cropping and copying
+then work on it as they do on the model's own keys and values.
+
+A layer whose attention was replaced has no keys and values. Its layer of the cache still counts tokens, for a model
+reads from layer 0 how many came before: positions and the sizes of masks depend on it.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+)
+
+
+def cache_among(arguments: Iterable) -> Cache | None:
+    """The cache among the arguments of a layer or of its attention, whatever its name there."""
+    cache = next((a for a in arguments if isinstance(a, Cache | EncoderDecoderCache)), None)
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
+class TokenCount(DynamicLayer):
+    """A cache layer that counts tokens and keeps nothing of them: its keys and values are of zero width."""
+
+    def get_seq_length(self) -> int:  # a DynamicLayer without numbers takes itself for empty
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+
+def count_tokens(cache: Cache, layer: int, x: Tensor) -> None:
+    """Let layer number ``layer`` of ``cache`` count the tokens of ``x`` [batch, seq_len, hidden] and store nothing.
+
+    Raises ValueError where that layer holds keys and values, and for caches that cannot count without them.
+    """
+    while cache.layer_class_to_replicate and len(cache.layers) <= layer:  # made without a config: grows as layers are used
+        cache.layers.append(cache.layer_class_to_replicate())
+    own = cache.layers[layer]
+    plain = type(own) is DynamicLayer
+    if cache.offloading or not (plain or isinstance(own, TokenCount | DynamicSlidingWindowLayer | StaticLayer)):
+        raise ValueError(
+            f"The attention of layer {layer} was replaced, and an offloaded or {type(cache).__name__} cannot do without its "
+            "keys and values: use a DynamicCache, a StaticCache, or use_cache=False."
+        )
+    if own.is_initialized and own.keys.shape[-1]:
+        raise ValueError(
+            f"The cache holds keys and values of layer {layer}, whose attention was replaced: "
+            "start with a cache of this model, or with an empty one."
+        )
+    if plain:
+        cache.layers[layer] = TokenCount()
+    nothing = x.new_empty(*x.shape[:2], 0)[:, None]  # [batch, heads = 1, seq_len, width = 0]
+    cache.update(nothing, nothing, layer)
 
 
 class RecentLayer(DynamicLayer):
@@ -120,9 +169,7 @@ class _Watch:
 
     def _cache(self, arguments: list, name: str) -> DynamicCache | None:
         """The cache among a layer's arguments, whatever its name there, with every layer of the model in place."""
-        cache = next((a for a in arguments if isinstance(a, Cache | EncoderDecoderCache)), None)
-        if isinstance(cache, EncoderDecoderCache):
-            cache = cache.self_attention_cache
+        cache = cache_among(arguments)
         if cache is None:
             return None
         if not isinstance(cache, DynamicCache) or cache.offloading:

@@ -284,6 +284,11 @@ class Replacement(nn.Module):
 
     def __init__(self, family: Family, block: Block):
         super().__init__()
+        if family.looks_back and block.kind == "attention":
+            raise ValueError(
+                f"{family} looks at earlier tokens and cannot replace attention ({block.name}): "
+                "use a family that maps each token by itself, such as Linear, LowRank or Mean."
+            )
         self.family = family
         self.block_name = block.name
         self.report: FitReport | None = None

@@ -11,16 +11,32 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .blocks import Block, block_parameters, find_blocks
 from .cache import whole_folder
 from .models import Source, load_model
-from .past import watch
+from .past import cache_among, count_tokens, watch
 from .replacements import Family, FitReport, Replacement
 
 Plan = Mapping[Block, Replacement]
+
+
+class AttentionStandIn(nn.Module):
+    """A replacement as a layer calls its attention: masks, positions and a cache beside the hidden states, for a pair."""
+
+    def __init__(self, replacement: Replacement, layer: int):
+        super().__init__()
+        self.replacement = replacement
+        self.layer = layer  # of the cache
+
+    def forward(self, *args, **kwargs) -> tuple[Tensor, None]:
+        """The replacement's output [batch, seq_len, hidden], and no attention weights."""
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if (cache := cache_among([*args, *kwargs.values()])) is not None:
+            count_tokens(cache, self.layer, hidden_states)
+        return self.replacement(hidden_states), None
 
 
 def _check(model: nn.Module, plan: Plan) -> None:
@@ -30,8 +46,8 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 model.get_submodule(path)
             except AttributeError:
                 raise ValueError(f"{type(model).__name__} has no module {path}: the plan is for another model.") from None
-        if block.kind != "mlp":
-            raise ValueError(f"{block.name} is an {block.kind} block; only MLP blocks can be replaced.")
+        if block.kind == "attention":
+            _check_attention(model, block)
         if block.hidden_size != model.config.hidden_size:
             sizes = f"hidden size {block.hidden_size}, the model {model.config.hidden_size}"
             raise ValueError(f"{block.name} has {sizes}: the plan is for another model.")
@@ -39,12 +55,27 @@ def _check(model: nn.Module, plan: Plan) -> None:
             raise ValueError(f"The replacement for {block.name} was fitted to {replacement.block_name}.")
 
 
+def _check_attention(model: nn.Module, block: Block) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{block.name}: attention of an encoder-decoder cannot be replaced. It may read the other stack (cross-attention), "
+            "or other layers its position bias (T5). MLP blocks can."
+        )
+    inner = [name for name, module in block.modules[0].named_modules() if name and hasattr(module, "is_causal")]
+    if inner:
+        raise ValueError(
+            f"{block.name} holds more than attention, which is its {inner[0]!r} (BERT: residual and norm, too): its output is "
+            "none that is added to the residual stream, so it cannot be replaced. MLP blocks can."
+        )
+
+
 def _put(model: nn.Module, block: Block, replacement: Replacement) -> list[RemovableHandle]:
     """The first module of the block becomes the replacement; what followed inside the block has no work left.
 
     Returns the hooks by which a replacement that looks back learns what came before.
     """
-    model.set_submodule(block.paths[0], replacement)
+    attention = block.kind == "attention"
+    model.set_submodule(block.paths[0], AttentionStandIn(replacement, block.layer) if attention else replacement)
     for path in block.paths[1:]:
         model.set_submodule(path, nn.Identity())
     if not replacement.family.looks_back:
@@ -85,7 +116,7 @@ def splice(model: nn.Module, plan: Plan) -> nn.Module:
 
 def replacements_of(model: nn.Module) -> dict[str, Replacement]:
     """{block name: replacement} of what was spliced into ``model``."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, Replacement)}
+    return {m.block_name: m for m in model.modules() if isinstance(m, Replacement)}
 
 
 def sparsity(model: nn.Module, plan: Plan) -> float:

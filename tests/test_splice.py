@@ -161,16 +161,6 @@ def test_a_replacement_for_another_block_is_refused(llama, plan):
         pass
 
 
-def test_only_mlp_blocks_can_be_replaced(llama):
-    """An attention module is called with other arguments and returns a tuple."""
-    blocks, stats = capture_quietly(llama, random_windows(), kind="attention", moments=("input",))
-    before = modules_of(llama)
-    plan = {blocks[1]: fit(blocks[1], stats, Linear())}
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn"), spliced(llama, plan):
-        pass
-    assert all(module is before[path] for path, module in modules_of(llama).items())
-
-
 def test_sparsity_by_hand(llama, plan):
     """3 layers: MLP 3·32·48, attention 4·32²; two blocks narrowed to 24 neurons, one replaced by its mean."""
     dense = 3 * (3 * 32 * 48 + 4 * 32 * 32)
