@@ -9,6 +9,7 @@ from .capture import BlockStatistics, Sample, capture, merge, sample
 from .data import documents, load_windows
 from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
 from .fit import fit, fit_all
+from .heal import Healing, heal
 from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock
 from .models import Source, load_model, resolve_device
 from .replacements import (

@@ -81,18 +81,19 @@ class _Pairs:
         return torch.cat(parts).double().mean().item()
 
 
-def _learning_rate(how: Training, step: int, steps: int) -> float:
+def learning_rate_at(peak: float, warmup: float, step: int, steps: int) -> float:
+    """Up in a line over the share ``warmup`` of the steps, then down to zero along a half cosine."""
     done = step / steps
-    if done < how.warmup:
-        return how.learning_rate * (step + 1) / math.ceil(how.warmup * steps)
-    return how.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - how.warmup) / (1 - how.warmup)))
+    if done < warmup:
+        return peak * (step + 1) / math.ceil(warmup * steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
-class _State:
+class TrainingState:
     """All that a training run is at a check, as tensors: parameters, the best of them, Adam's moments and the curves."""
 
-    def __init__(self, body: nn.Module):
-        self.parameters = dict(body.named_parameters())
+    def __init__(self, learner: nn.Module):
+        self.parameters = dict(learner.named_parameters())
         self.optimizer = torch.optim.Adam(self.parameters.values(), betas=(0.9, 0.99))
         self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.curves: list[tuple[float, float, float]] = []  # tokens, training loss, validation loss
@@ -108,6 +109,23 @@ class _State:
     def checks_since_best(self) -> int:
         losses = [v for _, _, v in self.curves]
         return len(losses) - 1 - losses.index(min(losses))
+
+    def step_with(self, loss: Tensor, learning_rate: float) -> None:
+        """One step of Adam down the gradient of ``loss``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+
+    def finish(self, loss: str, seconds: float, stopped: str) -> TrainingReport:
+        """Put the best check's parameters back; how it went."""
+        for name, p in self.parameters.items():
+            p.data.copy_(self.best[name])
+        tokens, train_curve, validation_curve = zip(*self.curves, strict=True)
+        curves = [int(t) for t in tokens], list(train_curve), list(validation_curve)
+        return TrainingReport(loss, *curves, steps=self.step, seconds=seconds, stopped=stopped)
 
     def save(self, entry: Entry) -> None:
         tensors = {f"parameter/{name}": p.detach() for name, p in self.parameters.items()}
@@ -166,7 +184,7 @@ def train(
     per_epoch = len(pairs) // per_batch
     steps = how.epochs * per_epoch
     every = max(1, how.check_tokens // (per_batch * pairs.tokens_per_item))
-    state = _State(body.requires_grad_(True))
+    state = TrainingState(body.requires_grad_(True))
     if checkpoint is None or not state.load(checkpoint):
         first = pairs.mean_error(body, how.loss, pairs.energy, how.check_tokens)
         state.record(0, first, unseen.mean_error(body, how.loss, pairs.energy))
@@ -184,13 +202,8 @@ def train(
             epoch, batch = divmod(state.step, per_epoch)
             if batch == 0 or not losses:
                 order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(pairs))).to(pairs.x.device)
-            for group in state.optimizer.param_groups:
-                group["lr"] = _learning_rate(how, state.step, steps)
             loss = pairs.errors(body, order[batch * per_batch : (batch + 1) * per_batch], how.loss, pairs.energy).mean()
-            state.optimizer.zero_grad()
-            loss.backward()
-            state.optimizer.step()
-            state.step += 1
+            state.step_with(loss, learning_rate_at(how.learning_rate, how.warmup, state.step, steps))
             losses.append(loss.detach())
             bar.update()
             if state.step % every and state.step < steps:
@@ -205,16 +218,5 @@ def train(
             bar.set_postfix(validation=f"{checked[1]:.4f}")
             if checkpoint is not None:
                 state.save(checkpoint)
-    for name, p in state.parameters.items():
-        p.data.copy_(state.best[name])
     body.requires_grad_(False)
-    tokens, train_curve, validation_curve = zip(*state.curves, strict=True)
-    return TrainingReport(
-        loss=how.loss,
-        curve_tokens=[int(t) for t in tokens],
-        train_curve=list(train_curve),
-        validation_curve=list(validation_curve),
-        steps=state.step,
-        seconds=before + time.perf_counter() - start,
-        stopped=stopped,
-    )
+    return state.finish(how.loss, before + time.perf_counter() - start, stopped)

@@ -15,7 +15,7 @@ from conftest import build, capture_quietly, random_windows, sample_of
 from mlpreplace import ConvMLP, LowRank, NarrowMLP, Training, TwoLayerMLP, fit, fit_all
 from mlpreplace import train as training_module
 from mlpreplace.reports import sample_errors
-from mlpreplace.train import _learning_rate
+from mlpreplace.train import learning_rate_at
 
 FAST = dict(epochs=3, batch_tokens=16, check_tokens=64, learning_rate=5e-3)
 PAIRS = dict(sample_windows=None, validation_windows=8)
@@ -139,11 +139,11 @@ def test_a_half_precision_block_is_trained_in_single_precision():
 
 def test_the_learning_rate_warms_up_and_decays():
     how = Training(learning_rate=1.0, warmup=0.1)
-    rates = [_learning_rate(how, step, 100) for step in range(100)]
+    rates = [learning_rate_at(how.learning_rate, how.warmup, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[10] == 1 and rates[-1] < 0.001
-    assert _learning_rate(Training(learning_rate=1.0, warmup=0), 0, 10) == 1
+    assert learning_rate_at(1.0, 0, 0, 10) == 1
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_an_interrupted_training_goes_on_where_it_was(checks, pairs, results, mo
     blocks, stats = pairs
     how = Training(**FAST)
     whole = fit(blocks[1], stats, NarrowMLP(16), training=how)
-    save, seen = training_module._State.save, []
+    save, seen = training_module.TrainingState.save, []
 
     def interrupted(state, entry):
         save(state, entry)
@@ -221,7 +221,7 @@ def test_an_interrupted_training_goes_on_where_it_was(checks, pairs, results, mo
         if len(seen) == checks:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_module._State, "save", interrupted)
+    monkeypatch.setattr(training_module.TrainingState, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(blocks[1], stats, NarrowMLP(16), training=how, cached=True)
     resumed = fit(blocks[1], stats, NarrowMLP(16), training=how, cached=True)

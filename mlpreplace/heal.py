@@ -1,0 +1,194 @@
+"""Healing: a spliced model's replacements, and nothing else, are distilled on the dense model's next-token distribution.
+
+Block-wise fits cannot see that blocks err together; here every replacement learns with all others in place. The dense
+model is the teacher and stays as it is, so the text needs no labels and the budget is counted in tokens.
+
+Source: Hinton et al. 2015 (arXiv 1503.02531), KL(teacher ‖ student) at temperature 1; keeping the teacher's top-k
+probabilities and one bucket for the rest makes it affordable to keep them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .blocks import Block
+from .cache import Entry, fingerprint
+from .data import check_windows
+from .models import eval_mode
+from .replacements import Replacement
+from .reports import TrainingReport
+from .splice import spliced
+from .train import TrainingState, learning_rate_at
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How to heal. Raises ValueError for values that make no sense."""
+
+    steps: int = 32
+    batch_windows: int = 2
+    learning_rate: float = 3e-4  # of Adam, at the end of the warm-up; decays to zero along a half cosine
+    warmup: float = 0.1  # share of the steps
+    top_k: int = 64  # of the dense model's probabilities; all others are one bucket
+    check_steps: int = 16  # between two looks at the validation windows
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_windows", "learning_rate", "top_k", "check_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Expected {name} > 0, got {getattr(self, name)}.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"Expected 0 ≤ warmup < 1, got {self.warmup}.")
+
+
+@dataclass
+class _Teacher:
+    """The dense model's most probable next tokens after every token of some windows."""
+
+    log_p: Tensor  # [windows, seq_len, top_k]
+    tokens: Tensor  # [windows, seq_len, top_k]
+
+    def kl(self, logits: Tensor, windows: Tensor | slice) -> Tensor:
+        """Mean KL(dense ‖ student) in nats per token over the top-k tokens and one bucket for all others: a lower bound of
+        the KL over the whole vocabulary (data-processing inequality).
+        """
+        log_p, tokens = self.log_p[windows].to(logits.device), self.tokens[windows].to(logits.device)
+        log_q = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
+        rest_p, rest_q = _rest(log_p), _rest(log_q)
+        return ((log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).mean()
+
+
+def _rest(log_p: Tensor) -> Tensor:
+    """Probability of all tokens that are not among the top k, [...]; rounding may not make it zero."""
+    return (1 - log_p.exp().sum(-1)).clamp_min(1e-6)
+
+
+@torch.inference_mode()
+def _teach(model: nn.Module, windows: Tensor, how: Healing) -> _Teacher:
+    log_p, tokens = [], []
+    for ids in windows.split(how.batch_windows):
+        logits = model(ids.to(model.device), use_cache=False).logits.float()  # [windows, seq_len, vocab]
+        top, where = logits.topk(min(how.top_k, logits.shape[-1]), dim=-1)
+        log_p.append((top - logits.logsumexp(-1, keepdim=True)).cpu())
+        tokens.append(where.cpu())
+    return _Teacher(torch.cat(log_p), torch.cat(tokens))
+
+
+def heal(
+    model: nn.Module,
+    plan: Mapping[Block, Replacement],
+    windows: Tensor,
+    validation: Tensor,
+    how: Healing = Healing(),  # noqa: B008  a frozen record
+    *,
+    seed: int = 0,
+    cached: bool = False,
+    progress: bool = True,
+) -> tuple[dict[Block, Replacement], TrainingReport]:
+    """Distil the replacements of ``plan`` together; neither ``plan`` nor ``model`` changes.
+
+    Args:
+        model: the dense causal language model, teacher and frame of the student.
+        windows: token ids to learn from [windows, seq_len]; gone through in random order, again and again if need be.
+        validation: token ids of other documents [windows, seq_len], which decide the state that is kept; never held-out ones.
+        seed: of the order of windows.
+        cached: keep the result on disk; an interrupted healing goes on at its last check.
+
+    Returns:
+        The healed plan, and its curves: KL(dense ‖ spliced) in nats per token as ``how.top_k`` sees it (the training curve
+        begins with the first windows). Where no check beat the start, the start is what is returned, and
+        ``report.improved`` says so.
+
+    Raises:
+        ValueError: an empty plan, windows the model cannot read, a plan for another model.
+    """
+    if not plan:
+        raise ValueError("The plan is empty: there is nothing to heal.")
+    for ids in (windows, validation):
+        check_windows(ids, model)
+    healed = {block: copy.deepcopy(r) for block, r in plan.items()}
+    learners = nn.ModuleList(healed.values())
+    entry = checkpoint = None
+    if cached:
+        key = fingerprint(model, healed, windows, validation, how, seed)
+        entry, checkpoint = Entry("heal", "heal", key), Entry("heal", "healing", key)
+        if (stored := entry.load()) is not None:
+            record = json.loads(bytes(stored.pop("report").tolist()))
+            learners.load_state_dict(stored)
+            return healed, TrainingReport(**record)
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        learners.requires_grad_(True)
+        with eval_mode(model):
+            report = _distil(model, healed, learners, windows, validation, how, seed, checkpoint, progress)
+    finally:
+        learners.requires_grad_(False)
+        for parameter, before in frozen.items():
+            parameter.requires_grad_(before)
+    if entry is not None:
+        text = torch.frombuffer(bytearray(json.dumps(asdict(report)).encode()), dtype=torch.uint8)
+        entry.save({**learners.state_dict(), "report": text})
+        checkpoint.path.unlink(missing_ok=True)
+    return healed, report
+
+
+def _distil(
+    model: nn.Module,
+    healed: Mapping[Block, Replacement],
+    learners: nn.ModuleList,
+    windows: Tensor,
+    validation: Tensor,
+    how: Healing,
+    seed: int,
+    checkpoint: Entry | None,
+    progress: bool,
+) -> TrainingReport:
+    teacher, examiner = _teach(model, windows, how), _teach(model, validation, how)
+
+    def loss(ids: Tensor, lesson: _Teacher, items: Tensor | slice) -> Tensor:
+        return lesson.kl(model(ids[items].to(model.device), use_cache=False).logits.float(), items)
+
+    @torch.no_grad()
+    def examined(ids: Tensor, lesson: _Teacher) -> float:
+        parts = [slice(i, i + how.batch_windows) for i in range(0, len(ids), how.batch_windows)]
+        return float(np.average([loss(ids, lesson, part).item() for part in parts], weights=[len(ids[part]) for part in parts]))
+
+    state = TrainingState(learners)
+    batch, seq_len = min(how.batch_windows, len(windows)), windows.shape[1]
+    per_epoch = len(windows) // batch
+    start, losses, stopped = time.perf_counter(), [], "finished"
+    with spliced(model, healed), tqdm(total=how.steps, desc="heal", unit="step", disable=not progress, leave=False) as bar:
+        if checkpoint is None or not state.load(checkpoint):
+            state.record(0, examined(windows[:batch], teacher), examined(validation, examiner))
+        before = state.seconds
+        bar.update(state.step)
+        while state.step < how.steps:
+            epoch, turn = divmod(state.step, per_epoch)
+            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(windows)))
+            value = loss(windows, teacher, order[turn * batch : (turn + 1) * batch])
+            state.step_with(value, learning_rate_at(how.learning_rate, how.warmup, state.step, how.steps))
+            losses.append(value.item())
+            bar.update()
+            if state.step % how.check_steps and state.step < how.steps:
+                continue
+            checked = float(np.mean(losses)), examined(validation, examiner)
+            losses.clear()
+            if not all(math.isfinite(e) for e in checked):
+                stopped = "diverged"
+                break
+            state.record(state.step * batch * seq_len, *checked)
+            state.seconds = before + time.perf_counter() - start
+            bar.set_postfix(validation=f"{checked[1]:.4f}")
+            if checkpoint is not None:
+                state.save(checkpoint)
+    return state.finish("kl", before + time.perf_counter() - start, stopped)
