@@ -1,0 +1,82 @@
+"""Eight-bit linear layers: what replacement and quantization are worth together.
+
+Weights are rounded once, per output channel; activations at every call, per token (Yao et al. 2022, ZeroQuant). A scale
+per tensor, as in ``torch.ao.quantization.quantize_dynamic``, is of no use for language models: one massive activation
+sets it, and every other token is rounded to nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .blocks import KINDS, find_blocks
+
+ACTIVATION_LEVELS = 127
+WEIGHT_LEVELS = 63  # not 127: x86 without VNNI adds products in pairs in 16 bits, 2 · 255 · 64 is the most that fits
+NARROWEST = 16  # outputs; there is nothing to gain in a smaller layer, and a mixture's router stays exact
+
+
+class Int8Linear(nn.Module):
+    """y = s_x s_w (X̂ Ŵᵀ) + b with X̂ = round(x / s_x) and Ŵ = round(W / s_w) in int8 and their product in int32.
+
+    s_w is a scale per output channel, s_x one per token, both symmetric: max|·| ÷ levels.
+    """
+
+    def __init__(self, layer: nn.Linear | Conv1D):
+        super().__init__()
+        weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).detach().float()  # [out, in]
+        scale = weight.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / WEIGHT_LEVELS
+        quantized = (weight / scale[:, None]).round().to(torch.int8)
+        self.weight = nn.Parameter(quantized, requires_grad=False)  # a parameter, so that it counts as one
+        self.register_buffer("scale", scale)  # [out]
+        self.bias = layer.bias
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out]"""
+        tokens = x.reshape(-1, x.shape[-1]).float()  # [tokens, in]
+        scale = tokens.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(ACTIVATION_LEVELS)  # [tokens, 1]
+        quantized = tokens.div(scale).round_().to(torch.int8)
+        y = torch._int_mm(quantized, self.weight.t()).float().mul_(scale).mul_(self.scale)  # [tokens, out]
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """A copy of ``model``, dense or spliced, whose attention and MLP blocks (or replacements) compute in int8.
+
+    Every linear layer of a block becomes an :class:`Int8Linear`; embeddings, norms, LM head, routers and other layers of
+    less than 16 outputs, and parameters outside linear layers (the experts of a Mixtral) stay as they are and are shared
+    with ``model``, which does not change. Weights are a quarter of their float32 size.
+
+    The arithmetic is that of torchao's Int8DynamicActivationInt8Weight but for one bit of the weights: where a processor has no
+    VNNI instructions, 8 bits overflow without a word, and the same model should give the same numbers everywhere.
+
+    Raises:
+        ValueError: a model that is not on a CPU, or no linear layer to quantize.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ValueError(f"The model is on {device}; the int8 product here is the CPU's: quantize model.to('cpu').")
+    blocks = [block for kind in KINDS for block in find_blocks(model, kind)]
+    layers = {layer for block in blocks for module in block.modules for layer in module.modules() if _fits(layer)}
+    if not layers:
+        raise ValueError(f"No linear layer in the blocks of {type(model).__name__}: nothing to quantize, or done already.")
+    kept = {id(t): t for tensors in (model.parameters(), model.buffers()) for t in tensors}
+    small = copy.deepcopy(model, kept | {id(layer): Int8Linear(layer) for layer in layers})
+    small.source = getattr(model, "source", None)
+    return small
+
+
+def _fits(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Linear | Conv1D):
+        return False
+    return layer.weight.shape[1 if isinstance(layer, Conv1D) else 0] >= NARROWEST
