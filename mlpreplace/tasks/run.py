@@ -130,14 +130,14 @@ def evaluate_tasks(
 
         loaded = {name: task for spec in tasks for name, task in _load(spec).items()}
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # which sets a padding token
-        key = fingerprint(model, {name: r.family for name, r in replacements_of(model).items()}) if cached else None
+        key = _key(model) if cached else None
         results = []
         for name, task in tqdm(loaded.items(), desc=label, unit="task", disable=not progress, leave=False):
             chosen = _choose(len(task.eval_docs), limit)
             entry = None
             if cached:
                 asked = _asked(task, tokenizer, chosen)
-                entry = Entry("tasks/run", "task", code_hash("splice"), version("lm_eval"), key, asked, batch_size)
+                entry = Entry("tasks/run", "task", version("lm_eval"), key, asked, batch_size)
             if entry is not None and (stored := entry.load()) is not None:
                 results.append(TaskResult.from_tensors(name, label, stored))
                 continue
@@ -145,6 +145,13 @@ def evaluate_tasks(
             if entry is not None:
                 entry.save(results[-1].as_tensors())
     return results
+
+
+def _key(model: nn.Module) -> str:
+    """Hash of a model: its weights, what it holds in the place of blocks, and the code of that."""
+    families = {name: r.family for name, r in replacements_of(model).items()}
+    modules = {type(family).__module__.rpartition(".")[2] for family in families.values()}
+    return fingerprint(model, families, {name: code_hash(name) for name in sorted({"splice", *modules})})
 
 
 def _check_label(model: nn.Module, label: str) -> None:
