@@ -8,7 +8,8 @@ import pytest
 from conftest import HIDDEN, INTERMEDIATE, build, capture_quietly, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, allocate, compare, find_blocks, fit_all, narrow_widths, sparsity
-from mlpreplace.allocate import greedy, knapsack, local_damage, measured_damage
+from mlpreplace.damage import local_damage, measured_damage
+from mlpreplace.knapsack import greedy, knapsack
 
 SEEDS = range(12)
 
