@@ -151,7 +151,8 @@ def test_a_smaller_limit_takes_a_part_of_the_same_items(llama, tokenizer, items)
     ("spec", "message"), [("bundled/arc", "Unknown bundled task 'bundled/arc'"), ("pica", "Unknown task 'pica'")]
 )
 def test_unknown_tasks(spec, message, llama, tokenizer, monkeypatch):
-    monkeypatch.setattr(run, "_manager", lambda defaults, index=run._manager(False): index)
+    index = run._manager(False)
+    monkeypatch.setattr(run, "_manager", lambda defaults: index)
     with pytest.raises(ValueError, match=message):
         evaluated(llama, tokenizer, spec)
 

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# By a method's place among the methods: Okabe-Ito colours of falling lightness order, markers and lines for greyscale.
+# By a method's place among the methods: Okabe-Ito colours; markers and lines tell them apart in greyscale.
 METHOD_CYCLE = (
     {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     {"color": "#D55E00", "marker": "s", "linestyle": "--"},
@@ -47,7 +47,7 @@ def tasks(rows: pd.DataFrame) -> Figure:
     for axes in panels.flat[len(names) :]:
         axes.set_axis_off()
     for axes in panels.flat[max(0, len(names) - columns) : len(names)]:
-        axes.set_xlabel("sparsity")
+        axes.set_xlabel("sparsity (%)")
         axes.tick_params(labelbottom=True)
     spread = rows["accuracy_retained_se"].fillna(0)
     low, high = (rows["accuracy_retained"] - spread).min(), (rows["accuracy_retained"] + spread).max()
@@ -63,9 +63,9 @@ def _panel(axes: Axes, part: pd.DataFrame, name: str, looks: dict[str, dict]) ->
     axes.axhline(1, color="0.2", linewidth=1)
     axes.axhline(0, color="0.2", linewidth=1, linestyle=(0, (1, 2)))
     axes.plot(0, 1, marker="*", color="0.2", markersize=8, clip_on=False)
-    note = {"textcoords": "offset points", "fontsize": 7, "color": "0.2", "xycoords": axes.get_yaxis_transform(), "ha": "right"}
-    axes.annotate(f"dense {dense['accuracy']:.2f} ± {dense['accuracy_se']:.2f}", (1, 1), xytext=(0, 3), **note)
-    axes.annotate(f"chance {dense['chance']:.2f}", (1, 0), xytext=(0, 3), **note)
+    note = {"textcoords": "offset points", "fontsize": 7, "color": "0.2", "xycoords": axes.get_yaxis_transform()}
+    axes.annotate(f"dense {dense['accuracy']:.2f} ± {dense['accuracy_se']:.2f}", (1, 1), xytext=(0, 3), ha="right", **note)
+    axes.annotate(f"chance {dense['chance']:.2f}", (0, 0), xytext=(3, 3), **note)
     if np.isnan(dense["accuracy_retained"]):
         axes.text(0.5, 0.5, "dense model not\nabove chance", transform=axes.transAxes, ha="center", va="center", fontsize=8)
     for place, (method, look) in enumerate(looks.items()):
@@ -75,4 +75,4 @@ def _panel(axes: Axes, part: pd.DataFrame, name: str, looks: dict[str, dict]) ->
         axes.errorbar(x, y, yerr=bar, capsize=2, elinewidth=0.8, markersize=4, label=method, **look)
     axes.set_title(name.removeprefix("bundled/"))
     axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
-    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
