@@ -9,11 +9,12 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import combinations
 
 import torch
+import torch.nn.functional as F
 
 from . import NarrowMLP, capture, compare, find_blocks, fit, load_model, load_windows
-from .evaluate import log_probabilities
 from .provenance import peak_memory_mb
 from .splice import spliced
 
@@ -65,24 +66,44 @@ def bench_capture(model, blocks, windows) -> None:
     show(f"capture: {windows.numel():,} tokens, {len(blocks)} blocks", interleaved(functions), "plain forward pass")
 
 
-def bench_sweep(model, blocks, windows) -> None:
+def bench_sweeps(model, blocks, windows) -> None:
     stats = capture(model, blocks, windows[:3], validation_windows=1, progress=False)
-    width = NarrowMLP(blocks[0].intermediate_size // 2)
-    plans = {block.layer: {block: fit(block, stats, width)} for block in blocks}
+    small = {block: fit(block, stats, NarrowMLP(block.intermediate_size // 2)) for block in blocks}
+    some = blocks[:: max(1, len(blocks) // 6)][:6]
+    singles = {block.layer: {block: small[block]} for block in blocks}
+    pairs = {(a.layer, b.layer): {a: small[a], b: small[b]} for a, b in combinations(some, 2)}
+    bench_sweep(f"sweep of {len(singles)} single-block replacements", model, singles, windows)
+    bench_sweep(f"sweep of all {len(pairs)} pairs of {len(some)} of them", model, pairs, windows)
+
+
+def bench_sweep(title: str, model, plans, windows) -> None:
+    """One batch: NLL and KL of every plan and of the dense model, by :func:`compare` and as one would write it down."""
+    plans = {"dense": {}} | plans
+    n_tokens = windows[:, 1:].numel()
+    found: dict[str, torch.Tensor] = {}  # [plans, 2] nats per token
 
     @torch.inference_mode()
     def naive():
-        log_probabilities(model, windows)
+        log_p = model(windows, use_cache=False).logits[:, :-1].log_softmax(-1)
+        rows = []
         for plan in plans.values():
-            with spliced(model, plan):
-                log_probabilities(model, windows)
+            log_q = log_p
+            if plan:
+                with spliced(model, plan):
+                    log_q = model(windows, use_cache=False).logits[:, :-1].log_softmax(-1)
+            nll = -log_q.gather(-1, windows[:, 1:, None]).mean()
+            kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / n_tokens
+            rows.append((nll, kl))
+        found["naive"] = torch.tensor(rows)
 
-    functions = {
-        "naive: every pass from the first layer": naive,
-        "compare: dense prefix shared": lambda: compare(model, plans, windows, kl=False, progress=False),
-    }
-    title = f"sweep: {len(plans)} single-block replacements, {windows.numel():,} tokens each"
-    show(title, interleaved(functions, rounds=2), "compare: dense prefix shared")
+    def shared():
+        measured = compare(model, plans, windows, batch_size=len(windows), progress=False).values()
+        found["shared"] = torch.tensor([(m.nll.sum() / m.n_tokens, m.mean_kl) for m in measured])
+
+    functions = {"naive: every pass from the first layer": naive, "compare: common prefixes shared": shared}
+    seconds = interleaved(functions, rounds=1)
+    show(f"{title}, {windows.numel():,} tokens each", seconds, "compare: common prefixes shared")
+    print(f"  largest difference {(found['naive'] - found['shared']).abs().max():.1e} nats per token")
 
 
 def _peak_of_capture(n_windows: int, queue) -> None:
@@ -111,7 +132,7 @@ def main() -> None:
     print(f"{model.source.id}, {torch.get_num_threads()} threads, medians over interleaved rounds")
     bench_memory()
     bench_capture(model, blocks, windows)
-    bench_sweep(model, blocks, windows[:4, :256])
+    bench_sweeps(model, blocks, windows[:4, :256])
 
 
 if __name__ == "__main__":

@@ -5,20 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .blocks import layer_lists
 from .cache import Entry, fingerprint
 from .data import check_windows
-from .models import eval_mode
-from .splice import Plan, spliced
+from .splice import Plan
+from .sweep import sweep
 
 RESAMPLES = 2000  # bootstrap resamples; an interval from these moves by about 1 % of its width between seeds
 
@@ -95,16 +92,6 @@ def kl_divergence(model: Measurement, seed: int = 0) -> Estimate:
     return _bootstrap(lambda i: kl[i].sum(1) / tokens[i].sum(1), len(tokens), model.mean_kl, model.n_tokens, seed)
 
 
-def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log-probabilities of a causal language model after every token but the last, [windows, seq_len - 1, vocab]."""
-    return model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-
-
-def _nll(log_q: Tensor, ids: Tensor) -> Tensor:
-    """Negative log-likelihood summed over the predicted tokens of each window, [windows]."""
-    return -log_q.gather(-1, ids[:, 1:, None]).squeeze(-1).double().sum(1)
-
-
 def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4, seed: int = 0, progress: bool = True) -> Estimate:
     """Perplexity of a causal language model on token windows [windows, seq_len], token-weighted, with its interval.
 
@@ -131,9 +118,9 @@ def compare(
 ) -> dict[Hashable, Measurement]:
     """Measure every plan on the same windows, against the dense ``model``.
 
-    The dense model runs once a batch, and a plan that leaves the first layers alone starts from the dense hidden
-    states where it first differs: a sweep over single blocks costs about half of the naive one. An empty plan is the
-    dense model.
+    An empty plan is the dense model. Plans that agree up to some layer share what is computed there: a plan starts from
+    the hidden states that enter the first layer where it differs from the dense model or from another plan, whichever
+    is deeper. They agree at a block where they hold the same replacement object, or none. Their order does not matter.
 
     Args:
         plans: {label: {block: replacement}}.
@@ -142,7 +129,8 @@ def compare(
         cached: keep each plan's result on disk, and run only the plans that are not there yet.
 
     Returns:
-        {label: Measurement}, in the order of ``plans``. Memory is bounded by one batch.
+        {label: Measurement}, in the order of ``plans``. Held at a time: one batch of logits and, with ``kl``, of dense
+        probabilities [batch_size, seq_len, vocab], and at most layers − 1 hidden states [batch_size, seq_len, hidden].
 
     Raises:
         ValueError: windows the model cannot read, a plan for another model.
@@ -153,87 +141,10 @@ def compare(
         entries = {label: Entry("evaluate", "measure", key, plan) for label, plan in plans.items()}
     done = {label: Measurement.from_tensors(t) for label in plans if cached and (t := entries[label].load()) is not None}
     todo = {label: plan for label, plan in plans.items() if label not in done}
-    for label, measurement in (_run(model, todo, windows, batch_size, kl, progress) if todo else {}).items():
-        done[label] = measurement
-        if cached:
-            entries[label].save(measurement.as_tensors())
-    return {label: done[label] for label in plans}
-
-
-def _run(
-    model: nn.Module, plans: Mapping[Hashable, Plan], windows: Tensor, batch_size: int, kl: bool, progress: bool
-) -> dict[Hashable, Measurement]:
-    stacks = layer_lists(model)
-    layers = stacks[0][2] if len(stacks) == 1 else None  # an encoder-decoder has no single prefix to share
-    device = next(model.parameters()).device
-    first = {label: min((block.layer for block in plan), default=0) for label, plan in plans.items()}
-    needed = {f for f in first.values() if f} if layers is not None else set()
-    rows: dict[Hashable, list[Tensor]] = {label: [] for label in plans}  # per batch: nll and kl, [2, windows]
-    starts = range(0, len(windows), batch_size)
-    bar = tqdm(total=len(plans) * len(starts), desc="evaluate", unit="batch", disable=not progress, leave=False)
-    with bar, eval_mode(model), torch.inference_mode():
-        for start in starts:
-            ids = windows[start : start + batch_size].to(device)
-            with _recorded(layers, needed) as inputs:
-                log_p = log_probabilities(model, ids)
-            dense_nll, p = _nll(log_p, ids), log_p.exp() if kl else None
-            for label, plan in plans.items():
-                nll, divergence = dense_nll, torch.zeros_like(dense_nll)
-                if plan:
-                    with spliced(model, plan), _resumed(layers, first[label], inputs):
-                        log_q = log_probabilities(model, ids)
-                    nll = _nll(log_q, ids)
-                    divergence = _kl(p, log_p, log_q) if kl else divergence
-                rows[label].append(torch.stack([nll, divergence]).cpu())
-                bar.update()
     tokens = np.full(len(windows), windows.shape[1] - 1)
-    measured = {label: torch.cat(batches, dim=1).numpy() for label, batches in rows.items()}  # [2, windows]
-    return {label: Measurement(nll, tokens, divergence if kl else None) for label, (nll, divergence) in measured.items()}
-
-
-def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) summed per window, [windows]; overwrites ``log_q``, since each of these is as large as the logits."""
-    return log_q.neg_().add_(log_p).mul_(p).sum(-1).double().sum(1)
-
-
-@contextmanager
-def _recorded(layers: nn.ModuleList | None, needed: set[int]) -> Iterator[dict[int, Tensor | tuple]]:
-    """Collect what enters the ``needed`` layers during a forward pass, as the layer before hands it on."""
-    inputs: dict[int, Tensor | tuple] = {}
-
-    def keep(index: int):
-        def hook(module, args, output):
-            # as the layer returns it, a tensor or a tuple that starts with one (Falcon); copied, since layers may write into it
-            inputs[index] = (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
-
-        return hook
-
-    handles = [layers[i - 1].register_forward_hook(keep(i)) for i in sorted(needed)]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _resumed(layers: nn.ModuleList | None, first: int, inputs: Mapping[int, Tensor | tuple]) -> Iterator[None]:
-    """Let the layers before ``first`` hand on the recorded hidden states instead of computing them."""
-    if first not in inputs:
-        yield
-        return
-
-    def stand_in(*args, **kwargs):
-        return inputs[first]
-
-    own = {layer: vars(layer).get("forward") for layer in layers[:first]}  # where a device-placement library has set one
-    for layer in own:
-        layer.forward = stand_in  # the instance's, so that the layer keeps its attributes and its class's forward
-    try:
-        yield
-    finally:
-        for layer, forward in own.items():
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+    measured = sweep(model, todo, windows, batch_size=batch_size, kl=kl, progress=progress) if todo else {}
+    for label, (nll, divergence) in measured.items():
+        done[label] = Measurement(nll.numpy(), tokens, divergence.numpy() if kl else None)
+        if cached:
+            entries[label].save(done[label].as_tensors())
+    return {label: done[label] for label in plans}

@@ -1,4 +1,4 @@
-"""Perplexity and KL against direct float64 computations, prefix sharing against the naive pass, intervals on planted data."""
+"""Perplexity and KL against direct float64 computations, intervals on planted data."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from conftest import CAUSAL, build, capture_quietly, fail_after, random_windows
 
 import mlpreplace.evaluate
 from mlpreplace import (
-    Linear,
     Mean,
     Measurement,
     NarrowMLP,
@@ -78,32 +77,6 @@ def test_perplexity_of_a_spliced_model_is_that_of_the_plan(llama, plans, heldout
     with spliced(llama, plans["all"]):
         inside = perplexity(llama, heldout, progress=False)
     assert inside.value == pytest.approx(measured(llama, plans, heldout)["all"].perplexity, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_a_shared_prefix_gives_what_the_whole_pass_gives(name, heldout):
-    """Two plans a layer: the second resumes from hidden states that the first one has used."""
-    model = build(name)
-    blocks, stats = capture_quietly(model, random_windows(), moments=("input",))
-    plans = {(b.layer, str(f)): {b: fit(b, stats, f)} for b in blocks for f in (Linear(), Mean())}
-    plans["last two"] = {b: fit(b, stats, Mean()) for b in blocks[1:]}
-    got, dense = measured(model, plans, heldout), log_probabilities(model, heldout)
-    assert list(got) == list(plans)
-    for label, plan in plans.items():
-        with spliced(model, plan):
-            nll, kl = direct(model, heldout, dense)
-        assert np.allclose(got[label].nll, nll, rtol=1e-4)
-        assert np.allclose(got[label].kl, kl, rtol=1e-3, atol=1e-4)
-        assert got[label].kl.min() > 0
-
-
-def test_layers_before_a_plan_run_once_a_batch(llama, plans, heldout):
-    """Dense: 3 batches. A plan runs the layers from its first block on."""
-    ran = [0, 0, 0]
-    for i, layer in enumerate(llama.model.layers):
-        layer.self_attn.register_forward_hook(lambda *_, i=i: ran.__setitem__(i, ran[i] + 1))
-    measured(llama, {label: plans[label] for label in (1, 2)}, heldout)
-    assert ran == [3, 6, 9]
 
 
 def test_an_empty_plan_is_the_dense_model(llama, plans, heldout):
@@ -279,8 +252,10 @@ def test_a_cached_measurement_runs_no_model(kl, llama, plans, heldout, results, 
 def test_only_missing_plans_run(llama, plans, heldout, results, monkeypatch):
     measured(llama, {label: plans[label] for label in (0, 1)}, heldout, cached=True)
     ran = []
-    run = mlpreplace.evaluate._run
-    monkeypatch.setattr(mlpreplace.evaluate, "_run", lambda model, todo, *rest: ran.extend(todo) or run(model, todo, *rest))
+    sweep = mlpreplace.evaluate.sweep
+    monkeypatch.setattr(
+        mlpreplace.evaluate, "sweep", lambda model, todo, *rest, **o: ran.extend(todo) or sweep(model, todo, *rest, **o)
+    )
     got = measured(llama, plans, heldout, cached=True)
     assert ran == [label for label in plans if label not in (0, 1)]
     assert list(got) == list(plans)
