@@ -38,13 +38,13 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]"""
-        tokens = x.reshape(-1, x.shape[-1]).float()  # [tokens, in]
+        tokens = x.reshape(-1, self.in_features).float()  # [tokens, in]
         scale = tokens.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(ACTIVATION_LEVELS)  # [tokens, 1]
         quantized = tokens.div(scale).round_().to(torch.int8)
         y = torch._int_mm(quantized, self.weight.t()).float().mul_(scale).mul_(self.scale)  # [tokens, out]
         if self.bias is not None:
             y += self.bias
-        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
