@@ -15,7 +15,7 @@ RUN     = $(PY) notebooks/run.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY
           $(if $(MODEL),-p MODEL $(MODEL)) $(if $(DEVICE),-p DEVICE $(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures smoke notebooks test lint lab bench clean distclean
+.PHONY: help setup figures studies smoke notebooks test lint lab bench clean distclean
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
@@ -28,9 +28,13 @@ setup: $(READY) $(ASSETS)  ## virtual environment, pinned packages, verified mod
 figures: setup  ## run every notebook (PROFILE) and draw figures/
 	$(RUN)
 
+studies: setup  ## the measurements that take longer than a notebook may: calibration text, ingredients, tasks
+	$(RUN) --studies
+
 smoke: PROFILE = smoke
-smoke: setup  ## run every notebook at its smallest size
+smoke: setup  ## run every notebook and study at its smallest size
 	$(RUN)
+	$(RUN) --studies
 
 notebooks: setup  ## run the cpu profile and put the executed notebooks in place
 	$(PY) notebooks/run.py --publish $(if $(ONLY),--only $(ONLY))

@@ -6,12 +6,15 @@ Data flows one way: text → capture → fit → splice → evaluate → allocat
 from .allocate import allocate, narrow_widths
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
 from .capture import BlockStatistics, Sample, capture, merge, sample
-from .data import documents, load_windows
+from .damage import local_damage, measured_damage, second_order_damage
+from .data import load_windows, text_name
 from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
 from .fit import fit, fit_all
 from .heal import Healing, heal
 from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock
 from .models import Source, load_model, resolve_device
+from .order import refit, rollback
+from .quantize import quantized
 from .replacements import (
     Family,
     Linear,
@@ -25,7 +28,12 @@ from .replacements import (
 )
 from .reports import Errors, FitReport, TrainingReport, loss_rows, report_rows
 from .results import result_rows
+from .sampling import sample_windows
+from .search import search
+from .speed import flops, ideal_speedup, latency, size_bytes, speed_rows
 from .splice import load, save, sparsity, splice, spliced
+from .tasks import BUNDLED_TASKS, TaskResult, accuracy_retained, evaluate_tasks, task_rows
+from .texts import documents
 from .train import Training
 
 __version__ = "0.1.0"

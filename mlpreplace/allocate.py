@@ -7,9 +7,8 @@ starts from that plan and goes by what is measured with the whole plan in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from math import ceil
 
-import numpy as np
 from torch import Tensor, nn
 
 from .blocks import Block, block_parameters
@@ -21,7 +20,7 @@ from .replacements import Family, LowRank, NarrowMLP, Replacement
 from .search import search
 
 STRATEGIES = ("uniform", "heuristic", "greedy", "milp", "search")
-PROTECTED = 0.1  # of the layers at each end, which the heuristic leaves alone
+PROTECTED = 10  # the heuristic leaves one layer in so many alone at each end
 
 
 def narrow_widths(block: Block, steps: int = 16) -> list[NarrowMLP]:
@@ -30,28 +29,30 @@ def narrow_widths(block: Block, steps: int = 16) -> list[NarrowMLP]:
     return [NarrowMLP(w) for w in sorted(widths) if w > 0]
 
 
-def _uniform(
-    stats: Statistics, target: float, family: type[Family], protected: float = 0.0
-) -> dict[Block, Replacement]:
-    """Every block alike, but for a share of the blocks at each end. NarrowMLP: one width everywhere. LowRank, which cannot be
-    large: as few evenly spaced blocks as can save enough, one rank in all of them.
+def _is_inner(model: nn.Module, block: Block) -> bool:
+    """Whether the block stands in none of the layers that the heuristic leaves alone."""
+    layers = len(model.get_submodule(block.stack))
+    ends = ceil(layers / PROTECTED)
+    return ends <= block.layer < layers - ends
+
+
+def _uniform(blocks: list[Block], stats: Statistics, target: float, family: type[Family]) -> dict[Block, Replacement]:
+    """``blocks`` alike. NarrowMLP: one width in all of them. LowRank, which cannot be large: as few evenly spaced blocks as
+    can save enough, one rank in all of them.
     """
-    blocks = [b for b in stats if b.kind == "mlp"]
-    ends = int(np.ceil(protected * len(blocks)))
-    blocks = blocks[ends : len(blocks) - ends]
     if family is NarrowMLP:
         chosen, sizes = blocks, range(blocks[0].intermediate_size, 0, -1)
     elif family is LowRank:
         most = blocks[0].n_params - LowRank(1).n_params(blocks[0])
-        n = min(len(blocks), max(1, int(np.ceil(target / most))))
+        n = min(len(blocks), max(1, ceil(target / most)))
         chosen = [blocks[(2 * i + 1) * len(blocks) // (2 * n)] for i in range(n)]  # the middles of n equal parts
         sizes = range(blocks[0].hidden_size // 2, 0, -1)
     else:
-        raise ValueError(f"strategy='uniform' takes NarrowMLP or LowRank, got {family.__name__}.")
+        raise ValueError(f"A uniform plan takes NarrowMLP or LowRank, got {family.__name__}.")
     for size in sizes:
         if sum(b.n_params - family(size).n_params(b) for b in chosen) >= target:
             return {b: fit(b, stats, family(size), samples=()) for b in chosen}
-    raise ValueError(f"Uniform {family.__name__} cannot save {target:,.0f} parameters.")
+    raise ValueError(f"Uniform {family.__name__} cannot save {target:,.0f} parameters in {len(blocks)} MLP blocks.")
 
 
 def allocate(
@@ -63,16 +64,16 @@ def allocate(
     family: type[Family] = NarrowMLP,
     candidates: Candidates | None = None,
     windows: Tensor | None = None,
-    rounds: int = 4,
+    rounds: int = 2,
     progress: bool = True,
 ) -> dict[Block, Replacement]:
     """A fitted plan that removes at least ``sparsity`` of the parameters of all attention and MLP blocks.
 
     Args:
         stats: statistics of the blocks that may be replaced.
-        strategy: "uniform" (every block alike), "heuristic" (the same, but for a tenth of the layers at each end, which stay
-            as they are), "greedy" (least damage per parameter first), "milp" (exact knapsack) or "search" (from the exact
-            knapsack on, by KL measured with the whole plan in place: :func:`~mlpreplace.search.search`).
+        strategy: "uniform" (every block alike), "heuristic" (the same, but for a tenth of the layers, rounded up, at each
+            end, which stay as they are), "greedy" (least damage per parameter first), "milp" (exact knapsack) or "search" (from
+            the exact knapsack on, by KL measured with the whole plan in place: :func:`~mlpreplace.search.search`).
         family: what "uniform" and "heuristic" use, NarrowMLP or LowRank.
         candidates: {block: fitted replacements} to choose from, blocks of any kind; by default NarrowMLP at 15 widths.
         windows: token ids [windows, seq_len] to measure KL on, never held-out ones. "greedy" and "milp" measure each
@@ -81,7 +82,7 @@ def allocate(
 
     Raises:
         ValueError: unknown strategy, a sparsity outside (0, 1) or beyond what the candidates can save, a search without
-            windows.
+            windows, a uniform plan of another family or without a block.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; expected one of {STRATEGIES}.")
@@ -91,7 +92,11 @@ def allocate(
     if strategy == "search" and windows is None:
         raise ValueError("strategy='search' measures plans: pass windows=, validation windows for instance.")
     if strategy in ("uniform", "heuristic"):
-        return _uniform(stats, target, family, PROTECTED if strategy == "heuristic" else 0)
+        blocks = [b for b in stats if b.kind == "mlp" and (strategy == "uniform" or _is_inner(model, b))]
+        if not blocks:
+            inner = " outside a tenth of the layers, at least one, at each end" if strategy == "heuristic" else ""
+            raise ValueError(f"strategy={strategy!r} replaces MLP blocks{inner}: the statistics hold none.")
+        return _uniform(blocks, stats, target, family)
     if candidates is None:
         mlps = [b for b in stats if b.has_neurons]
         candidates = {b: fit_all([b], stats, narrow_widths(b), samples=("validation",), progress=progress)[b] for b in mlps}

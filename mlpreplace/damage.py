@@ -36,15 +36,16 @@ def second_order_damage(
     the Fisher information, the Hessian of KL (Martens 2020, arXiv 1412.1193). Products of two tokens' errors are
     left out. One forward and backward pass over ``windows`` prices every candidate.
 
-    Raises ValueError for windows the model cannot read.
+    Raises ValueError for windows the model cannot read, candidates for another model.
     """
     totals = {block: [0.0] * len(fitted) for block, fitted in candidates.items()}
     batches = probe(model, {}, candidates, windows, "sampled", seed=seed, batch_size=batch_size, progress=progress)
     for _, probes in batches:
-        for block, p in probes.items():
+        while probes:  # each is let go before the next batch runs
+            block, p = probes.popitem()
             for i, replacement in enumerate(candidates[block]):
                 with torch.no_grad():
-                    along = ((replacement(p.x) - p.y).float() * p.gradient).sum(-1)  # [windows, seq_len]
+                    along = ((replacement(p.x).float() - p.y.float()) * p.gradient).sum(-1)  # [windows, seq_len]
                 totals[block][i] += 0.5 * along.double().square().sum().item()
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return {block: [total / tokens for total in of_block] for block, of_block in totals.items()}

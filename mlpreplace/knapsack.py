@@ -6,6 +6,7 @@ adds up).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -62,23 +63,32 @@ def knapsack(savings: Savings, damages: Damages, target: float, *, exactly_one: 
     Args:
         exactly_one: choose a candidate for every block; otherwise a block may be left out, at no saving and no damage.
 
-    Raises ValueError when no choice saves enough.
+    Raises ValueError when no choice saves enough, or a damage is not finite.
     """
     items = [(block, i) for block in savings for i in range(len(savings[block]))]
+    saving = np.array([savings[block][i] for block, i in items], dtype=np.int64)
+    cost = np.array([damages[block][i] for block, i in items], dtype=float)
+    if broken := sorted({str(block) for (block, _), d in zip(items, cost, strict=True) if not np.isfinite(d)}):
+        raise ValueError(f"Damages are not finite for {', '.join(broken)}.")
+    if not items:
+        raise ValueError("There are no candidates to choose from.")
     rows = {block: n for n, block in enumerate(savings)}
-    counts = csr_array((np.ones(len(items)), ([rows[b] for b, _ in items], range(len(items)))), shape=(len(rows), len(items)))
-    saving = np.array([[savings[b][i] for b, i in items]], dtype=float)
-    cost = np.array([damages[b][i] for b, i in items])
+    counts = csr_array((np.ones(len(items)), ([rows[b] for b, _ in items], range(len(items)))), shape=(len(rows), len(items) + 1))
+    # The solver takes sums within a millionth of the target for equal. So savings are two digits in a base near the target's
+    # root, whose sums it does tell apart; one more integer variable is what the higher digits lend to the lower ones.
+    target = math.ceil(target)
+    base = max(2, math.isqrt(max(0, target)))
+    digits = np.stack([np.append(saving // base, -1), np.append(saving % base, base)])  # [2, items + 1]
     result = milp(
-        c=cost / max(np.abs(cost).max(), np.finfo(float).tiny),  # the solver's own gap is absolute
+        c=np.append(cost / (np.abs(cost).mean() or 1), 0),  # the solver's own gap is absolute
         constraints=[
             LinearConstraint(counts, lb=1 if exactly_one else 0, ub=1),
-            LinearConstraint(saving / max(target, 1), lb=target / max(target, 1)),
+            LinearConstraint(digits, lb=divmod(target, base)),
         ],
-        integrality=np.ones(len(items)),
-        bounds=Bounds(0, 1),
+        integrality=np.ones(len(items) + 1),
+        bounds=Bounds(np.append(np.zeros(len(items)), -len(rows)), np.ones(len(items) + 1)),
         options={"mip_rel_gap": 0},
     )
     if result.x is None:
-        raise ValueError(f"No plan saves {target:,.0f} parameters: {result.message}")
-    return {b: i for (b, i), x in zip(items, result.x, strict=True) if x > 0.5}
+        raise ValueError(f"No plan saves {target:,} parameters: {result.message}")
+    return {b: i for (b, i), x in zip(items, result.x, strict=False) if x > 0.5}  # the last is what was lent

@@ -8,7 +8,7 @@ or not. That is how one pass prices every candidate of every block where a forwa
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .blocks import Block
+from .capture import _tensor
 from .data import check_windows
 from .models import eval_mode
 from .splice import Plan, spliced
@@ -31,6 +32,16 @@ class Probe:
     y: Tensor  # [windows, seq_len, hidden] what leaves it
     gradient: Tensor  # [windows, seq_len, hidden] of the loss in nats, summed over the batch, by y
     residual_energy: Tensor  # [windows, seq_len] squared norm of the residual stream that leaves the layer
+    beside: tuple[tuple, dict]  # what the block is called with beside x: masks and positions, for an attention block
+
+    @torch.no_grad()
+    def dense(self, block: Block) -> Tensor:
+        """What ``block`` itself gives for x, whatever stands in its place, [windows, seq_len, hidden]."""
+        args, kwargs = self.beside
+        output = _tensor(block.modules[0](self.x, *args, **kwargs))
+        for module in block.modules[1:]:
+            output = module(output)
+        return output
 
 
 def probe(
@@ -51,45 +62,65 @@ def probe(
             the spliced model itself, the squares of whose gradients average to the Fisher information.
         seed: of the drawn tokens.
 
-    Yields:
-        The loss of the batch in nats, summed over predicted tokens, and {block: Probe}. Memory: one batch's.
+    Returns:
+        An iterator over batches: the loss in nats, summed over predicted tokens, and {block: Probe}. Between two batches
+        the model is as it was, so it need not be gone through to its end. Memory: one batch's.
 
     Raises:
-        ValueError: an unknown objective, windows the model cannot read, a plan for another model.
+        ValueError: an unknown objective, windows the model cannot read, blocks or a plan of another model.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}.")
     check_windows(windows, model)
     blocks = list(blocks)
+    for path in (path for block in blocks for path in block.paths):
+        try:
+            model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(f"{type(model).__name__} has no module {path}: the blocks are of another model.") from None
     generator = torch.Generator().manual_seed(seed)
-    frozen = {p: p.requires_grad for p in model.parameters()}
+    batches = tqdm(windows.split(batch_size), desc="probe", unit="batch", disable=not progress, leave=False)
+    return (_pass(model, plan, blocks, ids, objective, generator) for ids in batches)
+
+
+def _pass(
+    model: nn.Module, plan: Plan, blocks: list[Block], ids: Tensor, objective: str, generator: torch.Generator
+) -> tuple[float, dict[Block, Probe]]:
+    ids = ids.to(next(model.parameters()).device)
+    seen: dict[Block, dict] = {block: {} for block in blocks}
+    with eval_mode(model), torch.enable_grad():
+        log_p = _dense(model, ids) if objective == "kl" else None
+        with spliced(model, plan), _frozen(model), ExitStack() as hooks:
+            for block in blocks:
+                _attach(model, block, seen[block], ids.shape, hooks)
+            loss = _objective(_logits(model, ids), log_p, generator)
+            loss.backward()
+    for found in seen.values():
+        found["gradient"] = found.pop("added").grad.view_as(found["y"])
+    return loss.item(), {block: Probe(**found) for block, found in seen.items()}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradient for any parameter, and afterwards for those that had one before."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
     try:
-        model.requires_grad_(False)
-        parts = windows.split(batch_size)
-        for ids in tqdm(parts, desc="probe", unit="batch", disable=not progress, leave=False):
-            ids = ids.to(next(model.parameters()).device)
-            found: dict[Block, dict[str, Tensor]] = {block: {} for block in blocks}
-            with eval_mode(model), torch.enable_grad():
-                log_p = _dense(model, ids) if objective == "kl" else None
-                with spliced(model, plan), ExitStack() as hooks:
-                    for block in blocks:
-                        _attach(model, block, found[block], ids.shape, hooks)
-                    logits = model(ids, use_cache=False).logits[:, :-1].float()  # [windows, seq_len - 1, vocab]
-                    loss = _objective(logits, log_p, generator)
-                    loss.backward()
-            probes = {}
-            for block, seen in found.items():
-                y = seen["y"]
-                probes[block] = Probe(seen["x"], y, seen["probe"].grad.view_as(y), seen["r"])
-            yield loss.item(), probes
+        yield
     finally:
-        for parameter, before in frozen.items():
-            parameter.requires_grad_(before)
+        for parameter, flag in before.items():
+            parameter.requires_grad_(flag)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Of the tokens that are predicted, in at least float32: [windows, seq_len - 1, vocab]."""
+    logits = model(ids, use_cache=False).logits[:, :-1]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.no_grad()
 def _dense(model: nn.Module, ids: Tensor) -> Tensor:
-    return model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    return _logits(model, ids).log_softmax(-1)
 
 
 def _objective(logits: Tensor, log_p: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -101,8 +132,8 @@ def _objective(logits: Tensor, log_p: Tensor | None, generator: torch.Generator)
     return -log_q.gather(-1, drawn.to(log_q.device)).sum()
 
 
-def _attach(model: nn.Module, block: Block, seen: dict[str, Tensor], shape: torch.Size, hooks: ExitStack) -> None:
-    """Hooks on whatever stands in the block's place by now."""
+def _attach(model: nn.Module, block: Block, seen: dict, shape: torch.Size, hooks: ExitStack) -> None:
+    """Hooks on whatever stands in the block's place by now; ``seen`` receives what a Probe is made of."""
     first, last = model.get_submodule(block.paths[0]), model.get_submodule(block.paths[-1])
     host = model.get_submodule(f"{block.stack}.{block.layer}")
 
@@ -110,17 +141,18 @@ def _attach(model: nn.Module, block: Block, seen: dict[str, Tensor], shape: torc
         return hidden.detach().reshape(*shape, hidden.shape[-1])  # [windows, seq_len, hidden], also where layers flatten (OPT)
 
     def entry(module, args, kwargs):
-        seen["x"] = windows(args[0] if args else kwargs["hidden_states"])
+        x, args = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        seen["x"] = windows(x).clone()  # the layer is free to write into its own
+        seen["beside"] = args, {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
     def leave(module, args, output):
-        y, *rest = output if isinstance(output, tuple) else (output,)
+        y = _tensor(output)
         seen["y"] = windows(y)
-        seen["probe"] = torch.zeros_like(y, requires_grad=True)
-        return (y + seen["probe"], *rest) if isinstance(output, tuple) else y + seen["probe"]
+        seen["added"] = torch.zeros_like(y, requires_grad=True)
+        return (y + seen["added"], *output[1:]) if isinstance(output, tuple) else y + seen["added"]
 
     def energy(module, args, output):
-        stream = output[0] if isinstance(output, tuple) else output
-        seen["r"] = windows(stream).float().square().sum(-1)
+        seen["residual_energy"] = windows(_tensor(output)).float().square().sum(-1)
 
     hooks.callback(first.register_forward_pre_hook(entry, with_kwargs=True).remove)
     hooks.callback(last.register_forward_hook(leave).remove)

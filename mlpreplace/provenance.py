@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .assets import ROOT
 from .cache import fingerprint
+from .data import Text, text_name
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "matplotlib", "papermill")
 NOTEBOOKS = ROOT / "notebooks"
@@ -96,8 +97,8 @@ class Run:
         self.code = code_cells_hash(path.read_text())
         self.git = git_state(notebook)
 
-    def uses(self, model=None, **windows: tuple[str, Tensor]) -> None:
-        """Note the model and the token windows, as name=(text id, windows)."""
+    def uses(self, model=None, **windows: tuple[Text, Tensor]) -> None:
+        """Note the model and the token windows, as name=(text or mixture, windows)."""
         if model is not None:
             parameter = next(model.parameters())
             self.facts["model"] = model.source.as_dict()
@@ -105,7 +106,7 @@ class Run:
         texts = self.facts.setdefault("texts", {})
         for name, (text, ids) in windows.items():
             texts[name] = {
-                "text": text,
+                "text": text_name(text),
                 "windows": ids.shape[0],
                 "sequence_length": ids.shape[1],
                 "tokens": ids.numel(),

@@ -7,16 +7,19 @@ blocks were each other's insurance. Each round here prices all candidates at the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Block
+from .cache import Entry, fingerprint
 from .damage import Candidates, local_damage
 from .evaluate import compare
 from .knapsack import knapsack
-from .probe import Probe, probe
+from .models import eval_mode
+from .probe import probe
 from .replacements import Replacement
 
 Option = Replacement | None  # None: the block stays as it is
@@ -28,9 +31,10 @@ def search(
     candidates: Candidates,
     windows: Tensor,
     *,
-    rounds: int = 4,
-    radii: Sequence[float] = (1 / 16, 1 / 8),
+    rounds: int = 2,
+    radii: Sequence[float] = (1 / 8,),
     batch_size: int = 2,
+    cached: bool = False,
     progress: bool = True,
 ) -> tuple[dict[Block, Replacement], list[dict]]:
     """A plan of lower KL divergence that saves as much as ``plan`` does, by sequential linear programming.
@@ -41,55 +45,69 @@ def search(
 
     Args:
         plan: where to start, made of ``candidates``.
-        candidates: {block: fitted replacements}, with reports of validation error.
+        candidates: {block: fitted replacements}, MLP and attention blocks alike, with reports of validation error.
         windows: token ids [windows, seq_len] that KL is measured on: validation windows, never held-out ones.
         rounds: at most so many; each costs a backward pass over ``windows`` and a forward pass for each radius.
         radii: trust regions to propose from: how much more or less of its parameters a block may save in one round.
+        cached: keep the result on disk and take it from there.
 
     Returns:
         The best plan measured, and one record per round and radius: round, radius, kl, best_kl (so far, nats per token),
         moved (blocks that changed), tokens (forwarded so far, a backward pass counted as two).
 
     Raises:
-        ValueError: a replacement in ``plan`` that is no candidate, candidates without validation error.
+        ValueError: a replacement in ``plan`` that is no candidate, candidates without validation error or for another
+            model, windows the model cannot read.
     """
     options: dict[Block, list[Option]] = {block: [None, *fitted] for block, fitted in candidates.items()}
     chosen = {block: 0 for block in options}
     for block, replacement in plan.items():
         where = [i for i, option in enumerate(options.get(block, ())) if option is replacement]
         if not where:
-            raise ValueError(f"{replacement} of {block.name} is not among the candidates.")
+            raise ValueError(
+                f"The plan's {replacement.family} for {block.name} is none of the candidates: "
+                "start from a plan that holds the very replacements of candidates."
+            )
         chosen[block] = where[0]
     local = {block: [0.0, *damages] for block, damages in local_damage(candidates).items()}
     savings = {b: [0 if o is None else b.n_params - o.n_params for o in of_block] for b, of_block in options.items()}
     target = sum(savings[block][i] for block, i in chosen.items())
 
-    history, tokens, best_kl = [], 0, None
+    if cached:
+        key = fingerprint(model, candidates, local, list(chosen.values()), windows, rounds, radii, batch_size)
+        entry = Entry("search", "search", key)
+        if (stored := entry.load()) is not None:
+            record = json.loads(bytes(stored["record"].tolist()))
+            return _plan(options, dict(zip(options, record["chosen"], strict=True))), record["history"]
+
+    history, tokens = [], 0
     for number in range(rounds):
-        near = {block: _near(block, savings[block], chosen[block], max(radii)) for block in options}
+        near = {radius: _near(savings, chosen, radius) for radius in radii}
         batches = probe(model, _plan(options, chosen), options, windows, batch_size=batch_size, progress=progress)
-        best_kl, terms = _priced(batches, options, chosen, near, windows)
-        curvature = best_kl / max(sum(local[block][i] for block, i in chosen.items()), 1e-12)
+        with eval_mode(model):
+            present_kl, terms = _priced(batches, options, chosen, near[max(radii)], windows)
+        curvature = present_kl / max(sum(local[block][i] for block, i in chosen.items()), 1e-12)
         proposals = {}
-        for radius in radii:
-            within = {block: [i for i in near[block] if i in _near(block, savings[block], chosen[block], radius)] for block in near}
+        for radius, within in near.items():
             prices = {b: [terms[b][i][0] + curvature * terms[b][i][1] for i in of_block] for b, of_block in within.items()}
             saved = {b: [savings[b][i] for i in of_block] for b, of_block in within.items()}
             picked = knapsack(saved, prices, target, exactly_one=True)
             proposals[radius] = {block: within[block][i] for block, i in picked.items()}
-        measured = compare(model, {r: _plan(options, p) for r, p in proposals.items()}, windows, progress=progress)
-        tokens += windows.numel() * (4 + len(proposals) + 1)
-        kls = {radius: measured[radius].mean_kl for radius in proposals}
+        moved = {radius: sum(proposal[b] != chosen[b] for b in proposal) for radius, proposal in proposals.items()}
+        plans = {radius: _plan(options, proposal) for radius, proposal in proposals.items() if moved[radius]}
+        measured = compare(model, plans, windows, batch_size=batch_size, progress=progress)
+        kls = {radius: measured[radius].mean_kl if radius in measured else present_kl for radius in radii}
         best = min(kls, key=kls.__getitem__)
-        improved = kls[best] < best_kl
-        before, best_kl = chosen, min(best_kl, kls[best])
-        chosen = proposals[best] if improved else chosen
-        for radius, proposal in proposals.items():
-            moved = sum(proposal[block] != before[block] for block in proposal)
-            record = {"round": number, "radius": radius, "kl": kls[radius], "best_kl": best_kl, "moved": moved}
-            history.append(record | {"tokens": tokens})
+        improved = kls[best] < present_kl
+        tokens += windows.numel() * (4 + len(plans) + bool(plans))  # dense, there and back; each proposal, and dense again
+        about = {"best_kl": kls[best] if improved else present_kl, "tokens": tokens}
+        history += [{"round": number, "radius": r, "kl": kls[r], "moved": moved[r], **about} for r in radii]
         if not improved:
             break
+        chosen = proposals[best]
+    if cached:
+        record = json.dumps({"chosen": list(chosen.values()), "history": history})
+        entry.save({"record": torch.frombuffer(bytearray(record.encode()), dtype=torch.uint8)})
     return _plan(options, chosen), history
 
 
@@ -97,37 +115,30 @@ def _plan(options: Mapping[Block, Sequence[Option]], chosen: Mapping[Block, int]
     return {block: options[block][i] for block, i in chosen.items() if options[block][i] is not None}
 
 
-def _near(block: Block, savings: Sequence[int], present: int, radius: float) -> list[int]:
-    """Options whose saving differs from the present one's by no more than ``radius`` of the block's parameters. A dense
-    attention block cannot be priced where it was replaced: it needs more than its input.
-    """
-    near = [i for i, saving in enumerate(savings) if abs(saving - savings[present]) <= radius * block.n_params + 1]
-    return near if block.kind == "mlp" else [i for i in near if i or i == present]
+def _near(savings: Mapping[Block, Sequence[int]], chosen: Mapping[Block, int], radius: float) -> dict[Block, list[int]]:
+    """Options whose saving differs from the present one's by no more than ``radius`` of the block's parameters."""
+    return {
+        block: [i for i, s in enumerate(of_block) if abs(s - of_block[chosen[block]]) <= radius * block.n_params + 1]
+        for block, of_block in savings.items()
+    }
 
 
+@torch.no_grad()
 def _priced(batches, options, chosen, near, windows: Tensor) -> tuple[float, dict[Block, dict[int, tuple[float, float]]]]:
     """KL of the present plan in nats per token, and {block: {option: (E gᵀδ, E ‖δ‖² / ‖r‖²)}} for the options near it."""
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
     loss = 0.0
     sums = {block: {i: [0.0, 0.0] for i in of_block} for block, of_block in near.items()}
     for of_batch, probes in batches:
         loss += of_batch
-        for block, p in probes.items():
+        while probes:  # each is let go before the next batch runs
+            block, p = probes.popitem()
             for i in near[block]:
                 if i == chosen[block]:
                     continue
-                delta = _output(block, options[block][i], options[block][chosen[block]], p)
-                sums[block][i][0] += (delta * p.gradient).sum().item() / predicted
-                sums[block][i][1] += (delta.square().sum(-1) / p.residual_energy).mean().item() * len(p.x) / len(windows)
-    return loss / predicted, sums
-
-
-@torch.no_grad()
-def _output(block: Block, option: Option, present: Option, p: Probe) -> Tensor:
-    """What choosing ``option`` would change in the block's output, δ [windows, seq_len, hidden]."""
-    if option is not None:
-        return option(p.x).float() - p.y.float()
-    hidden = p.x
-    for module in block.modules:
-        hidden = module(hidden)
-    return hidden.float() - p.y.float()
+                option = options[block][i]
+                delta = (p.dense(block) if option is None else option(p.x)).float() - p.y.float()  # [windows, seq_len, hidden]
+                sums[block][i][0] += (delta * p.gradient).sum().item()
+                sums[block][i][1] += (delta.square().sum(-1) / p.residual_energy).sum().item()
+    predicted = windows.shape[0] * (windows.shape[1] - 1)
+    terms = {b: {i: (along / predicted, size / windows.numel()) for i, (along, size) in s.items()} for b, s in sums.items()}
+    return loss / predicted, terms

@@ -101,13 +101,14 @@ def _modules() -> Iterator[tuple[str, str, list[ast.AST]]]:
 
 
 def _documentation() -> Iterator[Document]:
-    documents = {}  # id by text: an override's docstring is often its base's
+    """A document is a module's page: of its variants of one docstring, none is in another split."""
+    seen = set()  # an override's docstring is often its base's
     for module, _, nodes in _modules():
-        for node in nodes:
-            text = ast.get_docstring(node)
-            if len(text) >= LEAST_OF_MODULES:
-                documents.setdefault(text, f"{module}:{node.body[0].lineno}")
-    return ((identifier, text) for text, identifier in documents.items())
+        docstrings = dict.fromkeys(ast.get_docstring(node) for node in nodes)
+        page = [text for text in docstrings if len(text) >= LEAST_OF_MODULES and text not in seen]
+        seen.update(page)
+        if page:
+            yield module, "\n\n".join(page)
 
 
 def _code() -> Iterator[Document]:

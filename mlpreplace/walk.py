@@ -31,7 +31,7 @@ class Pass:
 
     def with_stream(self, stream: Tensor) -> State:
         """What the layer would hand on, had ``stream`` left it."""
-        stream = stream.reshape(self.stream.shape)
+        stream = stream.reshape(self.stream.shape).to(self.stream)
         return (stream, *self.state[1:]) if isinstance(self.state, tuple) else stream
 
     def added(self, y: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def _watch(model: nn.Module, block: Block, seen: Pass, hooks: ExitStack) -> None
         leaving.append(_tensor(output))
         seen.y = leaving[-1].clone()  # the layer may add into it (Falcon)
 
-    def passed(module, args, output) -> None:
-        if leaving and args and args[0] is leaving[-1]:
+    def follow(module, args) -> None:
+        if seen.after is None and leaving and args and args[0] is leaving[-1]:
             seen.after = module
 
     hooks.callback(first.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -115,4 +115,4 @@ def _watch(model: nn.Module, block: Block, seen: Pass, hooks: ExitStack) -> None
     inside = {host, *first.modules(), *last.modules()}
     for module in host.modules():
         if module not in inside:
-            hooks.callback(module.register_forward_hook(passed).remove)
+            hooks.callback(module.register_forward_pre_hook(follow).remove)

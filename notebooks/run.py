@@ -3,6 +3,7 @@
     python notebooks/run.py                          the cpu profile: the literal values of each parameters cell
     python notebooks/run.py --profile smoke          profiles/smoke.yaml over them
     python notebooks/run.py --only 02 -p SEED 1      one notebook, one parameter changed
+    python notebooks/run.py --studies                the studies, which take longer, instead of the notebooks
 
 Executed copies go to executed/<profile>/. Figures go to figures/ only for an unchanged cpu run; any other run has a
 figures folder of its own, so that committed figures are never overwritten by accident. --publish puts executed copies in
@@ -53,15 +54,14 @@ def parameters_for(notebook: Path, profile_name: str, profile: dict[str, dict], 
     known = set(papermill.inspect_notebook(str(notebook)))
     if not profile:
         return {k: v for k, v in overrides.items() if k in known}
-    if notebook.stem not in profile:
-        raise Refused(f"Profile {profile_name!r} has no section {notebook.stem!r}; add one, it may be empty: {{}}.")
-    unknown = set(profile[notebook.stem]) - known
+    section = str(notebook.relative_to(HERE).with_suffix(""))
+    if section not in profile:
+        raise Refused(f"Profile {profile_name!r} has no section {section!r}; add one, it may be empty: {{}}.")
+    unknown = set(profile[section]) - known
     if unknown:
-        raise Refused(
-            f"Profile {profile_name!r} gives {notebook.stem} unknown parameters {sorted(unknown)}; it has {sorted(known)}."
-        )
+        raise Refused(f"Profile {profile_name!r} gives {section} unknown parameters {sorted(unknown)}; it has {sorted(known)}.")
     shared = {k: v for k, v in profile.get("common", {}).items() if k in known}
-    return {**shared, **profile[notebook.stem], **{k: v for k, v in overrides.items() if k in known}}
+    return {**shared, **profile[section], **{k: v for k, v in overrides.items() if k in known}}
 
 
 def check_names(notebooks: list[Path], names: set[str], where: str) -> None:
@@ -101,7 +101,7 @@ def tidy(path: Path) -> None:
 
 def execute(notebook: Path, parameters: dict, profile: str) -> Path:
     """One notebook, from the top, in its own folder; returns the executed copy."""
-    output = ROOT / "executed" / profile / notebook.name
+    output = ROOT / "executed" / profile / notebook.relative_to(HERE)
     output.parent.mkdir(parents=True, exist_ok=True)
     options = {"cwd": str(HERE), "kernel_name": "python3", "progress_bar": sys.stderr.isatty()}
     local = Config(KernelManager={"transport": "ipc"})  # sockets of this user's, not ports that any user could reach
@@ -115,13 +115,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", default="cpu", help="cpu, smoke, gpu: profiles/<name>.yaml")
     parser.add_argument("--only", nargs="*", default=[], help="numbers or names of notebooks, as in --only 02 04")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--studies", action="store_true", help="run studies/ instead of the notebooks")
     parser.add_argument("--publish", action="store_true", help="replace the notebooks by their executed copies")
     options = parser.parse_args(arguments)
     try:
-        every = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
-        notebooks = [n for n in every if not options.only or any(n.stem.startswith(o) for o in options.only)]
+        folders = {False: HERE, True: HERE / "studies"}
+        found = {studies: sorted(folder.glob("[0-9][0-9]_*.ipynb")) for studies, folder in folders.items()}
+        every, here = found[False] + found[True], found[options.studies]
+        notebooks = [n for n in here if not options.only or any(n.stem.startswith(o) for o in options.only)]
         if not notebooks:
-            raise Refused(f"No notebook matches {options.only}; there are {[n.stem for n in every]}.")
+            raise Refused(f"No notebook matches {options.only}; there are {[n.stem for n in here]}.")
         profile = read_profile(options.profile)
         overrides = {name: located(yaml.safe_load(value)) for name, value in options.parameter}
         if options.publish and (options.profile != "cpu" or overrides):

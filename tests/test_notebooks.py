@@ -18,7 +18,9 @@ import yaml
 from mlpreplace.provenance import code_cells_hash
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+FOLDER = ROOT / "notebooks"
+STUDIES = sorted((FOLDER / "studies").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb")) + STUDIES
 COMMON = {"PROFILE", "MODEL", "DEVICE", "SEED", "FIGURES"}
 PROVENANCE = {"notebook", "code_cells_sha256", "git", "parameters", "model", "device", "dtype", "packages", "wall_seconds"}
 
@@ -26,7 +28,18 @@ spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.p
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: name_of(p))
+
+
+def name_of(path: Path) -> str:
+    """As a Run and a profile call it: "03_layer_sensitivity", "studies/04_calibration"."""
+    return str(path.relative_to(FOLDER).with_suffix(""))
+
+
+def drawn_by(path: Path, folder: Path) -> dict[str, dict]:
+    """{name: figure} of those in ``folder`` that a notebook drew."""
+    figures = {p: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    return {p: figure for p, figure in figures.items() if figure["provenance"]["notebook"] == name_of(path)}
 
 
 def code_cells(path: Path) -> list:
@@ -73,8 +86,8 @@ def test_committed_outputs(path):
 def test_committed_figures_are_of_this_code(path):
     """A figure drawn by other cells than the ones beside it is stale: make notebooks."""
     expected = code_cells_hash(path.read_text())
-    figures = sorted((ROOT / "figures").glob(f"{path.stem[:2]}_*.json"))
-    assert figures
+    figures = drawn_by(path, ROOT / "figures")
+    assert figures and all(figure.name.startswith(path.stem[:3]) for figure in figures)
     for figure in figures:
         provenance = check_figure(figure)["provenance"]
         assert provenance["code_cells_sha256"] == expected, figure.name
@@ -88,14 +101,14 @@ def test_committed_figures_are_of_this_code(path):
 def test_smoke(path):
     """make smoke, one notebook: the real model at its smallest size, figures in a folder of their own."""
     committed = {p: p.read_bytes() for p in (ROOT / "figures").iterdir()}
-    command = [sys.executable, ROOT / "notebooks" / "run.py", "--profile", "smoke", "--only", path.stem]
+    studies = ["--studies"] if path in STUDIES else []
+    command = [sys.executable, ROOT / "notebooks" / "run.py", "--profile", "smoke", "--only", path.stem, *studies]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
-    executed = ROOT / "executed" / "smoke" / path.name
+    executed = ROOT / "executed" / "smoke" / path.relative_to(FOLDER)
     assert all(c.execution_count for c in code_cells(executed))
-    drawn = sorted((ROOT / "executed" / "smoke" / "figures").glob(f"{path.stem[:2]}_*.json"))
-    names = {p.stem for p in (ROOT / "figures").glob(f"{path.stem[:2]}_*.json")}
-    assert {p.stem for p in drawn} == names
+    drawn = drawn_by(path, ROOT / "executed" / "smoke" / "figures")
+    assert {p.stem for p in drawn} == {p.stem for p in drawn_by(path, ROOT / "figures")}
     for figure in drawn:
         assert check_figure(figure)["provenance"]["parameters"]["PROFILE"] == "smoke"
     assert {p: p.read_bytes() for p in (ROOT / "figures").iterdir()} == committed, "smoke must not touch figures/"
@@ -137,7 +150,7 @@ def test_a_wrong_profile_is_an_error(change, message, capsys, monkeypatch):
 def test_profiles_name_real_parameters(profile, monkeypatch):
     seen = []
     monkeypatch.setattr(run, "execute", lambda notebook, parameters, name: seen.append(parameters) or notebook)
-    assert run.main(["--profile", profile]) == 0
+    assert run.main(["--profile", profile]) == run.main(["--profile", profile, "--studies"]) == 0
     assert len(seen) == len(NOTEBOOKS)
     assert all(p["PROFILE"] == profile and p["FIGURES"] != "figures" for p in seen)
 

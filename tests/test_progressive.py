@@ -36,6 +36,7 @@ from mlpreplace.cache import fingerprint
 from mlpreplace.progressive import NestedMLP, narrowed, nest, set_sparsity
 from mlpreplace.replacements import Family
 from mlpreplace.reports import sample_errors
+from mlpreplace.speed import flops
 
 TINY = 1e-10  # a ridge that only keeps the solver defined
 LEVELS = ((0.1, 40), (0.2, 24), (0.4, 12))
@@ -122,6 +123,16 @@ def test_only_the_prefix_is_multiplied(nested):
         with FlopCounterMode(display=False) as counted:
             r(x)
         assert counted.get_total_flops() == 2 * len(x) * 3 * HIDDEN * k
+
+
+def test_speed_is_that_of_the_level(nested):
+    """What a forward pass is said to cost is what it costs with the NarrowMLPs of the level."""
+    model, plan = nested
+    served = splice(model, plan)
+    for s, _ in WITH_DENSE:
+        set_sparsity(served, s)
+        with spliced(model, narrowed(plan, s)):
+            assert flops(served, 16) == pytest.approx(flops(model, 16), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)

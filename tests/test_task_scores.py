@@ -61,11 +61,11 @@ def test_the_shares_are_those_of_the_definition(n_options):
 
 
 def test_the_standard_error_is_the_spread_over_samples_of_items():
-    """Of 200 planted pairs: what the estimates differ by is what each says of itself."""
-    kept = [accuracy_retained(*planted(300, 0.75, 0.65, seed)) for seed in range(200)]
+    """Of 100 planted pairs: what the estimates differ by is what each says of itself."""
+    kept = [accuracy_retained(*planted(150, 0.8, 0.7, seed)) for seed in range(100)]
     for value, error in (("above_chance", "above_chance_se"), ("ratio", "ratio_se")):
         spread = np.std([getattr(k, value) for k in kept])
-        assert np.mean([getattr(k, error) for k in kept]) == pytest.approx(spread, rel=0.15)
+        assert np.mean([getattr(k, error) for k in kept]) == pytest.approx(spread, rel=0.25)
 
 
 def test_the_standard_error_is_paired():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from mlpreplace.hybrids import ConvMLP
 from mlpreplace.tasks import BUNDLED_TASKS, TaskResult, evaluate_tasks, run
 
 WORDS = [f"w{i}" for i in range(100)]
-SIZES = {"bundled/piqa": (1500, 2), "bundled/siqa": (1954, 3), "bundled/csqa": (1221, 5), "bundled/obqa": (499, 4)}
+SIZES = {"bundled/piqa": (1500, 2), "bundled/siqa": (1954, 3), "bundled/csqa": (1221, 5), "bundled/obqa": (500, 4)}
 
 
 @pytest.fixture
@@ -86,6 +87,13 @@ def test_a_result_is_that_of_direct_log_likelihoods(family, batch_size, llama, t
     assert result.correct.tolist() == correct
     assert 0 < result.accuracy < 1
     assert (result.metric, result.n_items, result.chance) == ("acc_norm", 24, 0.5)
+
+
+def test_no_network_is_asked(llama, tokenizer, items, monkeypatch):
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, fail_after(0, None, AssertionError("the network was asked")))
+    monkeypatch.setattr(socket, "getaddrinfo", fail_after(0, None, AssertionError("the network was asked")))
+    assert len(evaluate_tasks(llama, tokenizer, label="a model", progress=False)) == len(BUNDLED_TASKS)
 
 
 @pytest.mark.bundled

@@ -9,6 +9,16 @@ from .blocks import (
     selections,
     training_gain,
 )
-from .models import damage_prediction, kept_by_layer, pareto, sensitivity
+from .models import (
+    ablation,
+    additivity,
+    calibration_texts,
+    damage_prediction,
+    kept_by_layer,
+    pareto,
+    sensitivity,
+)
 from .shares import parameter_share
+from .speed import quantization, speed
 from .style import LOOKS, save_figure, use_style
+from .tasks import tasks

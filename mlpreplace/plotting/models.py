@@ -6,6 +6,7 @@ from itertools import cycle
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -35,32 +36,76 @@ def sensitivity(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+ESTIMATES = {  # column, title and axis of each way to predict the damage of one replacement
+    "local_error": ("error ÷ the block's own output", "Σ‖g(x) − y‖² / Σ‖y‖², validation tokens"),
+    "damage": ("error ÷ the residual stream", "mean of ‖g(x) − y‖² / ‖r‖², validation tokens"),
+    "second_order": ("second order", "½ E (gᵀe)², nats per validation token"),
+    "validation_kl": ("KL on other windows", "nats per validation token"),
+}
+
+
 def damage_prediction(rows: pd.DataFrame) -> Figure:
-    """Damage predicted from local error alone against KL measured end to end, a point a replaced block.
+    """What predicts the damage of one replacement, against KL measured on held-out windows, a point a replaced block.
 
     Args:
-        rows: family, layer, local_error (pooled), damage (over the residual stream), kl.
+        rows: family, layer, kl, and a column for each estimate to draw: some of local_error (pooled), damage (over the
+            residual stream), second_order, validation_kl.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(6.8, 3.0), sharey=True)
-    titles = {"local_error": "error ÷ the block's own output", "damage": "error ÷ the residual stream"}
-    labels = {"local_error": "Σ‖g(x) − y‖² / Σ‖y‖², validation tokens", "damage": "mean of ‖g(x) − y‖² / ‖r‖², validation tokens"}
-    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+    drawn = {column: titles for column, titles in ESTIMATES.items() if column in rows}
+    figure, panels = plt.subplots(1, len(drawn), figsize=(7.2, 2.7), sharey=True, squeeze=False)
+    for axes, (column, (title, label)) in zip(panels[0], drawn.items(), strict=True):
         for family, part in rows.groupby("family", sort=False):
             look = {k: v for k, v in LOOKS[family].items() if k != "linestyle"}
-            axes.scatter(part[column], part["kl"], s=16, alpha=0.75, linewidths=0, label=family, **look)
+            axes.scatter(part[column], part["kl"], s=12, alpha=0.75, linewidths=0, label=family, **look)
         rank = rows[column].corr(rows["kl"], method="spearman")
-        axes.text(0.03, 0.95, f"rank correlation {rank:.2f}", transform=axes.transAxes, fontsize=8, va="top")
-        axes.set(xscale="log", yscale="log", title=title, xlabel=labels[column])
-    panels[0].set_ylabel("measured KL (nats per token)")
-    panels[1].legend(loc="lower right", fontsize=7, handletextpad=0.1)
+        axes.text(0.03, 0.95, f"rank correlation {rank:.2f}", transform=axes.transAxes, fontsize=7, va="top")
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel(label, fontsize=6.5)
+    panels[0][0].set_ylabel("measured KL (nats per token)")
+    panels[0][-1].legend(loc="lower right", fontsize=6.5, handletextpad=0.1)
+    return figure
+
+
+def additivity(pairs: pd.DataFrame, sets: pd.DataFrame) -> Figure:
+    """Do damages add up? Pairs of blocks by layer, and sets of growing size, measured against the sum of single damages.
+
+    Args:
+        pairs: layer_a, layer_b, kl (of both replaced), kl_sum (of each alone).
+        sets: label (of the replacement), blocks (how many are replaced), kl, kl_sum.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 3.1), width_ratios=(1.15, 1))
+    ratio = (pairs["kl"] / pairs["kl_sum"]).rename("ratio")
+    table = pd.concat([pairs, ratio], axis=1).pivot(index="layer_b", columns="layer_a", values="ratio")
+    reach = max(1.2, float(max(ratio.max(), 1 / ratio.min())))
+    scale = mpl.colors.LogNorm(1 / reach, reach)
+    bar = {"label": "KL of both ÷ sum of KLs", "fraction": 0.045, "pad": 0.02}
+    sns.heatmap(table, ax=left, cmap="PuOr_r", norm=scale, annot=True, fmt=".2f", annot_kws={"size": 5.5}, cbar_kws=bar, square=True)
+    plain_log_ticks(left.collections[0].colorbar.ax.yaxis, "%g", subs=(1, 1.2, 1.5, 2, 3, 5, 7))
+    left.set(xlabel="one block: layer", ylabel="the other: layer")
+    left.set_title(sets["label"].iloc[-1], fontsize=8)
+    left.tick_params(length=0)
+    ends = sets["kl_sum"].min() * 0.8, sets["kl_sum"].max() * 1.25
+    right.plot(ends, ends, color="0.4", linewidth=0.8, linestyle=":")
+    right.text(ends[1], ends[1], "sum", fontsize=7, color="0.4", ha="right", va="bottom")
+    looks = cycle((LOOKS["NarrowMLP"], LOOKS["NarrowPlusLinear"], LOOKS["LowRank"]))
+    for (label, line), look in zip(sets.groupby("label", sort=False), looks, strict=False):
+        right.plot(line["kl_sum"], line["kl"], label=label, **look)
+        for _, row in line.iterrows():
+            right.annotate(f"{row['blocks']:.0f}", (row["kl_sum"], row["kl"]), xytext=(0, 5), textcoords="offset points", fontsize=6)
+    right.set(xscale="log", yscale="log", xlabel="sum of single KLs (nats per token)", ylabel="KL of all together")
+    right.set_title("numbers: blocks replaced", fontsize=8)
+    right.legend(loc="lower right", fontsize=7)
     return figure
 
 
 METHOD_LOOKS = {
-    "NarrowMLP, greedy": LOOKS["NarrowMLP"],
-    "all families, greedy": {"color": "#CC79A7", "marker": "^", "linestyle": "-."},
-    "NarrowMLP, uniform": {"color": "#56B4E9", "marker": "v", "linestyle": "--"},
-    "LowRank, uniform": LOOKS["LowRank"],
+    "uniform": {"color": "#56B4E9", "marker": "v", "linestyle": "--"},
+    "ends protected": {"color": "#999999", "marker": "X", "linestyle": ":"},
+    "greedy": {"color": "#E69F00", "marker": "D", "linestyle": "-."},
+    "knapsack": {"color": "#CC79A7", "marker": "^", "linestyle": ":"},
+    "search": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "search + healing": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
 }
 
 
@@ -89,21 +134,80 @@ def pareto(rows: pd.DataFrame) -> Figure:
         plain_log_ticks(axes.yaxis, "×%g", subs=(1, 1.5, 2, 3, 5, 7))
         axes.set_ylim(bottom=0.85)
     panels[0][0].set_ylabel("perplexity ÷ dense perplexity")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, columnspacing=1)
     return figure
 
 
 def kept_by_layer(rows: pd.DataFrame) -> Figure:
-    """What an allocation keeps of every block: layer across, sparsity down, dark is kept.
+    """What allocations keep of every block: layer across, sparsity down, dark is kept; a panel a method.
 
     Args:
-        rows: layer, sparsity, kept (share of the block's parameters).
+        rows: method, layer, sparsity, kept (share of the block's parameters).
     """
-    table = rows.pivot(index="sparsity", columns="layer", values="kept")
-    figure, axes = plt.subplots(figsize=(6.8, 0.9 + 0.32 * len(table)))
+    methods = list(rows["method"].unique())
+    deep = rows["sparsity"].nunique()
+    size = 6.8, 0.8 + len(methods) * (0.35 + 0.32 * deep)
+    figure, panels = plt.subplots(len(methods), 1, figsize=size, sharex=True, squeeze=False)
     bar = {"label": "parameters kept", "format": mpl.ticker.PercentFormatter(1), "fraction": 0.03, "pad": 0.01}
-    sns.heatmap(table, ax=axes, cmap="Blues", vmin=0, vmax=1, linewidths=0.5, cbar_kws=bar)
-    axes.set_yticks([i + 0.5 for i in range(len(table))], [f"{100 * s:.4g} %" for s in table.index], rotation=0)
-    axes.set(xlabel="layer", ylabel="sparsity")
-    axes.tick_params(length=0)
+    for axes, method in zip(panels[:, 0], methods, strict=True):
+        table = rows[rows["method"] == method].pivot(index="sparsity", columns="layer", values="kept")
+        sns.heatmap(table, ax=axes, cmap="Blues", vmin=0, vmax=1, linewidths=0.5, cbar=False)
+        axes.set_yticks([i + 0.5 for i in range(len(table))], [f"{100 * s:.4g} %" for s in table.index], rotation=0)
+        axes.set(title=method, xlabel="", ylabel="sparsity")
+        axes.tick_params(length=0)
+    panels[-1, 0].set_xlabel("layer")
+    figure.colorbar(panels[0, 0].collections[0], ax=panels[:, 0], **bar)
+    return figure
+
+
+def calibration_texts(rows: pd.DataFrame) -> Figure:
+    """Perplexity ratio by what the fits saw: a line a calibration text, a mark a text that is measured on.
+
+    Args:
+        rows: method (the calibration text), split ("validation" or "heldout"), domain, perplexity_ratio, ci_low, ci_high,
+            log_damage.
+    """
+    names = list(rows["method"].unique())
+    places = {name: len(names) - i for i, name in enumerate(names)}
+    figure, axes = plt.subplots(figsize=(6.8, 0.9 + 0.27 * len(names)))
+    heldout = rows[rows["split"] == "heldout"]
+    looks = ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "s"})
+    for (domain, part), look in zip(heldout.groupby("domain", sort=False), looks, strict=False):
+        y = part["method"].map(places)
+        span = [part["perplexity_ratio"] - part["ci_low"], part["ci_high"] - part["perplexity_ratio"]]
+        axes.errorbar(part["perplexity_ratio"], y, xerr=span, linestyle="", capsize=2, elinewidth=0.8, label=domain, **look)
+    chosen_by = np.exp(rows[rows["split"] == "validation"].groupby("method")["log_damage"].mean())
+    label = "validation windows, mean of all sources"
+    axes.plot(chosen_by, chosen_by.index.map(places), linestyle="", marker="|", markersize=11, color="0.1", label=label)
+    axes.set(xscale="log", xlabel="perplexity ÷ dense perplexity")
+    plain_log_ticks(axes.xaxis, "×%g", subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7))
+    axes.set_yticks(list(places.values()), list(places))
+    axes.grid(axis="y", linewidth=0.4, color="0.9")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def ablation(rows: pd.DataFrame) -> Figure:
+    """Perplexity ratio of recipes that differ by one ingredient, best at the bottom; a mark a domain.
+
+    Args:
+        rows: method (the recipe), note (what it adds and to which), domain, perplexity_ratio, ci_low, ci_high; one sparsity.
+    """
+    names = list(rows["method"].unique())
+    places = {name: len(names) - i for i, name in enumerate(names)}
+    notes = rows.drop_duplicates("method").set_index("method")["note"]
+    figure, axes = plt.subplots(figsize=(6.8, 1.0 + 0.29 * len(names)))
+    looks = ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "s"})
+    for (domain, part), look in zip(rows.groupby("domain", sort=False), looks, strict=False):
+        y = part["method"].map(places)
+        span = [part["perplexity_ratio"] - part["ci_low"], part["ci_high"] - part["perplexity_ratio"]]
+        axes.errorbar(part["perplexity_ratio"], y, xerr=span, linestyle="", capsize=2, elinewidth=0.8, label=domain, **look)
+        for value, place in zip(part["perplexity_ratio"], y, strict=True):
+            axes.annotate(f"{value:.2f}", (value, place), xytext=(0, 5), textcoords="offset points", fontsize=6, ha="center")
+    axes.set(xscale="log", xlabel="perplexity ÷ dense perplexity")
+    plain_log_ticks(axes.xaxis, "×%g", subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
+    axes.set_yticks(list(places.values()), [f"{name}: {notes[name]}" if notes[name] else name for name in places])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.grid(axis="y", linewidth=0.4, color="0.9")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure

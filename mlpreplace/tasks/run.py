@@ -169,7 +169,7 @@ def _check_label(model: nn.Module, label: str) -> None:
 
 @contextmanager
 def _lm_eval_state() -> Iterator[None]:
-    """lm-eval's seeds, and neither its progress bars nor its advice; afterwards random states are those from before."""
+    """lm-eval's seeds, without its advice in the log; afterwards all random states are those from before."""
     logger = logging.getLogger("lm_eval")
     before = logger.level, random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
