@@ -52,18 +52,20 @@ def damage_prediction(rows: pd.DataFrame) -> Figure:
             residual stream), second_order, validation_kl.
     """
     drawn = {column: titles for column, titles in ESTIMATES.items() if column in rows}
-    figure, panels = plt.subplots(1, len(drawn), figsize=(7.2, 2.7), sharey=True, squeeze=False)
-    for axes, (column, (title, label)) in zip(panels[0], drawn.items(), strict=True):
+    deep = -(-len(drawn) // 2)
+    figure, panels = plt.subplots(deep, 2, figsize=(6.8, 0.3 + 2.5 * deep), sharey=True, squeeze=False)
+    for axes, (column, (title, label)) in zip(panels.flat, drawn.items(), strict=False):
         for family, part in rows.groupby("family", sort=False):
             look = {k: v for k, v in LOOKS[family].items() if k != "linestyle"}
             axes.scatter(part[column], part["kl"], s=12, alpha=0.75, linewidths=0, label=family, **look)
         rank = rows[column].corr(rows["kl"], method="spearman")
         axes.text(0.03, 0.95, f"rank correlation {rank:.2f}", transform=axes.transAxes, fontsize=7, va="top")
-        axes.set(xscale="log", yscale="log")
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel(label, fontsize=6.5)
-    panels[0][0].set_ylabel("measured KL (nats per token)")
-    panels[0][-1].legend(loc="lower right", fontsize=6.5, handletextpad=0.1)
+        axes.set(xscale="log", yscale="log", title=title, xlabel=label)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("measured KL (nats per token)")
+    for axes in panels.flat[len(drawn) :]:
+        axes.set_visible(False)
+    panels[0][-1].legend(loc="lower right", fontsize=7, handletextpad=0.1)
     return figure
 
 
@@ -71,7 +73,7 @@ def additivity(pairs: pd.DataFrame, sets: pd.DataFrame) -> Figure:
     """Do damages add up? Pairs of blocks by layer, and sets of growing size, measured against the sum of single damages.
 
     Args:
-        pairs: layer_a, layer_b, kl (of both replaced), kl_sum (of each alone).
+        pairs: layer_a, layer_b, label (of the replacement), kl (of both replaced), kl_sum (of each alone).
         sets: label (of the replacement), blocks (how many are replaced), kl, kl_sum.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 3.1), width_ratios=(1.15, 1))
@@ -80,10 +82,12 @@ def additivity(pairs: pd.DataFrame, sets: pd.DataFrame) -> Figure:
     reach = max(1.2, float(max(ratio.max(), 1 / ratio.min())))
     scale = mpl.colors.LogNorm(1 / reach, reach)
     bar = {"label": "KL of both ÷ sum of KLs", "fraction": 0.045, "pad": 0.02}
-    sns.heatmap(table, ax=left, cmap="PuOr_r", norm=scale, annot=True, fmt=".2f", annot_kws={"size": 5.5}, cbar_kws=bar, square=True)
+    sns.heatmap(
+        table, ax=left, cmap="PuOr_r", norm=scale, annot=True, fmt=".2f", annot_kws={"size": 5.5}, cbar_kws=bar, square=True
+    )
     plain_log_ticks(left.collections[0].colorbar.ax.yaxis, "%g", subs=(1, 1.2, 1.5, 2, 3, 5, 7))
     left.set(xlabel="one block: layer", ylabel="the other: layer")
-    left.set_title(sets["label"].iloc[-1], fontsize=8)
+    left.set_title(pairs["label"].iloc[0], fontsize=8)
     left.tick_params(length=0)
     ends = sets["kl_sum"].min() * 0.8, sets["kl_sum"].max() * 1.25
     right.plot(ends, ends, color="0.4", linewidth=0.8, linestyle=":")
@@ -92,7 +96,11 @@ def additivity(pairs: pd.DataFrame, sets: pd.DataFrame) -> Figure:
     for (label, line), look in zip(sets.groupby("label", sort=False), looks, strict=False):
         right.plot(line["kl_sum"], line["kl"], label=label, **look)
         for _, row in line.iterrows():
-            right.annotate(f"{row['blocks']:.0f}", (row["kl_sum"], row["kl"]), xytext=(0, 5), textcoords="offset points", fontsize=6)
+            right.annotate(
+                f"{row['blocks']:.0f}", (row["kl_sum"], row["kl"]), xytext=(0, 5), textcoords="offset points", fontsize=6
+            )
+    for axis in (right.xaxis, right.yaxis):
+        plain_log_ticks(axis, subs=(1, 3))
     right.set(xscale="log", yscale="log", xlabel="sum of single KLs (nats per token)", ylabel="KL of all together")
     right.set_title("numbers: blocks replaced", fontsize=8)
     right.legend(loc="lower right", fontsize=7)
