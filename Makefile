@@ -49,7 +49,7 @@ lint: $(READY)  ## style
 lab: setup  ## JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks $(LAB)
 
-bench: setup  ## what capture and sweeps cost, against plain forward passes
+bench: setup  ## what capture and sweeps cost, and how much faster compressed models are
 	$(PY) -m mlpreplace.bench
 
 clean:  ## remove executed notebooks and cached results

@@ -14,6 +14,7 @@ from .heal import Healing, heal
 from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock
 from .models import Source, load_model, resolve_device
 from .order import refit, rollback
+from .progressive import NestedMLP, narrowed, nest, set_sparsity
 from .quantize import quantized
 from .replacements import (
     Family,

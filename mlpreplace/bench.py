@@ -1,4 +1,4 @@
-"""What capture and sweeps cost, in ratios: each pair is timed interleaved in one process, since machines drift.
+"""What capture and sweeps cost and what compression gains, in ratios: each pair is timed interleaved in one process, since machines drift.
 
 make bench
 """
@@ -7,31 +7,18 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 
-from . import NarrowMLP, capture, compare, find_blocks, fit, load_model, load_windows
+from . import NarrowMLP, allocate, capture, compare, find_blocks, fit, load_model, load_windows
 from .provenance import peak_memory_mb
-from .splice import spliced
+from .speed import interleaved, latency, speed_rows
+from .splice import splice, spliced
 
 ROUNDS = 3
-
-
-def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each function in every round; the order turns from round to round, and a first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    for turn in range(rounds + 1):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            functions[name]()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def show(title: str, seconds: Mapping[str, list[float]], base: str) -> None:
@@ -63,7 +50,7 @@ def bench_capture(model, blocks, windows) -> None:
         "capture, d × d moments": captured("input"),
         "capture, every moment": captured("input", "hidden"),
     }
-    show(f"capture: {windows.numel():,} tokens, {len(blocks)} blocks", interleaved(functions), "plain forward pass")
+    show(f"capture: {windows.numel():,} tokens, {len(blocks)} blocks", interleaved(functions, ROUNDS), "plain forward pass")
 
 
 def bench_sweeps(model, blocks, windows) -> None:
@@ -106,6 +93,20 @@ def bench_sweep(title: str, model, plans, windows) -> None:
     print(f"  largest difference {(found['naive'] - found['shared']).abs().max():.1e} nats per token")
 
 
+def bench_speed(model, blocks, windows, sparsities: tuple[float, ...] = (0.25, 0.375)) -> None:
+    """Prefill and decoding of compressed models against the dense one, and against what FLOPs and bytes promise."""
+    stats = capture(model, blocks, windows[:5], validation_windows=1, progress=False)
+    plans = {
+        f"{s:.1%} {how}": allocate(model, stats, s, how, progress=False) for s in sparsities for how in ("uniform", "greedy")
+    }
+    models = {"dense": model} | {label: splice(model, plan) for label, plan in plans.items()}
+    print(f"\nspeed-up over the dense model, prompt of {windows.shape[1]} tokens: measured, ideal, share of the ideal")
+    for row in speed_rows(models, latency(models, windows))[1:]:
+        for phase in ("prefill", "decode"):
+            value, ideal = row[f"{phase}_speedup"], row[f"{phase}_ideal"]
+            print(f"  {row['method']:<16} {phase:<8} ×{value:.2f}   ×{ideal:.2f}   {value / ideal:4.0%}")
+
+
 def _peak_of_capture(n_windows: int, queue) -> None:
     model, tokenizer = load_model()
     windows = load_windows("bundled/wiki", tokenizer, n_windows=n_windows)
@@ -133,6 +134,7 @@ def main() -> None:
     bench_memory()
     bench_capture(model, blocks, windows)
     bench_sweeps(model, blocks, windows[:4, :256])
+    bench_speed(model, blocks, windows)
 
 
 if __name__ == "__main__":

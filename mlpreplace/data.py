@@ -97,8 +97,8 @@ def load_windows(
     """Token ids [n_windows, seq_len] (int64) of one split of a text.
 
     Args:
-        text: a bundled name (see :mod:`mlpreplace.texts`) or "bundled/mixture", half of which is wiki, a local .txt/.jsonl file or folder, or a hub data set
-            ("owner/name" or "owner/name:config", its "text" column). Or a mixture {name: share}: shares are of windows,
+        text: a bundled name (see :mod:`mlpreplace.texts`) or "bundled/mixture", half of which is wiki; a local .txt/.jsonl
+            file or folder; or a hub data set ("owner/name" or "owner/name:config", its "text" column). Or a mixture {name: share}: shares are of windows,
             any positive numbers; the sources' windows are interleaved so that every prefix has the shares.
         tokenizer: of the model the windows are for; no special token is added, documents are joined by a blank line.
         split: "calibration" (80 % of the documents), "validation" (10 %) or "heldout" (10 %); no document is in two.

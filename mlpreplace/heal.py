@@ -88,7 +88,7 @@ def heal(
     plan: Mapping[Block, Replacement],
     windows: Tensor,
     validation: Tensor,
-    how: Healing = Healing(),  # noqa: B008  a frozen record
+    how: Healing = Healing(),
     *,
     seed: int = 0,
     cached: bool = False,

@@ -65,7 +65,7 @@ def damage_prediction(rows: pd.DataFrame) -> Figure:
         axes.set_ylabel("measured KL (nats per token)")
     for axes in panels.flat[len(drawn) :]:
         axes.set_visible(False)
-    panels[0][-1].legend(loc="lower right", fontsize=7, handletextpad=0.1)
+    panels.flat[min(1, len(drawn) - 1)].legend(loc="lower right", fontsize=7, handletextpad=0.1)
     return figure
 
 

@@ -34,14 +34,14 @@ def speed(rows: pd.DataFrame) -> Figure:
     for axes, (phase, title) in zip(panels, PHASES.items(), strict=True):
         y, ideal = rows[f"{phase}_speedup"], rows[f"{phase}_ideal"]
         axes.plot(x, ideal, color="0.45", linestyle="--", linewidth=1.2)
-        _note(axes, "ideal", (x.iloc[-1], ideal.iloc[-1]), (-26, 4), "0.35")
+        _note(axes, "ideal", (x.iloc[-1], ideal.iloc[-1]), (-6, 4), "0.35")
         span = [y - rows[f"{phase}_low"], rows[f"{phase}_high"] - y]
         axes.errorbar(x, y, yerr=span, capsize=2.5, elinewidth=0.9, **MEASURED)
         for sparsity, value, most in zip(x, y, ideal, strict=True):
             if sparsity:
                 _note(axes, f"{100 * value / most:.0f} % of ideal", (sparsity, value), (4, -12), MEASURED["color"])
         axes.axhline(1, color=INK, linewidth=1)
-        axes.plot(0, 1, marker="*", color=INK, markersize=9)
+        axes.plot(0, 1, marker="*", color=INK, markersize=10, zorder=4)
         _note(axes, "dense", (0, 1), (5, -10), INK)
         axes.set(title=title, xlabel="sparsity (of attention and MLP parameters)")
         axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
@@ -56,8 +56,8 @@ def speed(rows: pd.DataFrame) -> Figure:
 def quantization(rows: pd.DataFrame) -> Figure:
     """Do the gains of replacing and of int8 multiply? Four models as a parallelogram: size against perplexity and speed.
 
-    Both axes are logarithmic, so that what multiplies makes parallel sides; the fourth corner, as it would be if factors
-    multiplied exactly, is drawn hollow.
+    Both axes are logarithmic, so that what multiplies makes parallel sides; the fourth corner as the product of
+    both factors is drawn hollow.
 
     Args:
         rows: method, quantized and replaced (bools; all four pairs), parameter_mb, perplexity, ci_low, ci_high (of the
@@ -80,16 +80,17 @@ def _parallelogram(axes: Axes, rows: pd.DataFrame, column: str, low: str, high: 
     product = [a * b / d for a, b, d in zip(int8, replaced, dense, strict=True)]
     color = KINDS[True, True]["color"]
     axes.plot(*product, marker="D", ms=9, color=color, fillstyle="none", linestyle="none", zorder=2)
-    _note(axes, "if factors\nmultiply", product, (-2, -24), color)
+    _note(axes, "product", product, (-1, 9), color)
     for key, look in KINDS.items():
         row, (x, y) = corners[key], place[key]
         axes.errorbar(x, y, yerr=[[y - row[low]], [row[high] - y]], capsize=2.5, elinewidth=0.9, linestyle="none", **look)
-        _note(axes, row["method"], (x, y), (6, 5), look["color"])
+        _note(axes, row["method"], (x, y), (-8, -3) if key == (True, False) else (6, 5), look["color"])
     axes.set(xscale="log", yscale="log", xlabel="parameters (MB)")
     axes.margins(0.3)
-    for axis, ticks in ((axes.xaxis, "%g"), (axes.yaxis, form)):
-        plain_log_ticks(axis, ticks, subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
+    plain_log_ticks(axes.xaxis, subs=(1, 1.5, 2, 3, 4, 6))
+    plain_log_ticks(axes.yaxis, form, subs=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6))
 
 
 def _note(axes: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], color: str) -> None:
-    axes.annotate(text, point, xytext=offset, textcoords="offset points", fontsize=7.5, color=color)
+    side = "right" if offset[0] < 0 else "left"
+    axes.annotate(text, point, xytext=offset, textcoords="offset points", ha=side, fontsize=7.5, color=color)

@@ -28,6 +28,7 @@ LOOKS = {
     "ConvMLP": {"color": "#117733", "marker": "P", "linestyle": "-."},
     "AttentionMLP": {"color": "#882255", "marker": ">", "linestyle": "--"},
     "MixtureOfExperts": {"color": "#7B6FD0", "marker": "h", "linestyle": "-"},
+    "NestedMLP": {"color": "#44AA99", "marker": "<", "linestyle": "-"},
     "TransformerBlock": {"color": "#000000", "marker": "*", "linestyle": ":"},
 }
 
