@@ -1,4 +1,5 @@
-"""What capture and sweeps cost and what compression gains, in ratios: each pair is timed interleaved in one process, since machines drift.
+"""What capture and sweeps cost and what compression gains, in ratios: each pair is timed interleaved in one process, since
+machines drift.
 
 make bench
 """

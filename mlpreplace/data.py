@@ -98,8 +98,9 @@ def load_windows(
 
     Args:
         text: a bundled name (see :mod:`mlpreplace.texts`) or "bundled/mixture", half of which is wiki; a local .txt/.jsonl
-            file or folder; or a hub data set ("owner/name" or "owner/name:config", its "text" column). Or a mixture {name: share}: shares are of windows,
-            any positive numbers; the sources' windows are interleaved so that every prefix has the shares.
+            file or folder; or a hub data set ("owner/name" or "owner/name:config", its "text" column). Or a
+            mixture {name: share}: shares are of windows, any positive numbers; the sources' windows are interleaved so that
+            every prefix has the shares.
         tokenizer: of the model the windows are for; no special token is added, documents are joined by a blank line.
         split: "calibration" (80 % of the documents), "validation" (10 %) or "heldout" (10 %); no document is in two.
 
