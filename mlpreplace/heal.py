@@ -73,14 +73,22 @@ def _rest(log_p: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _teach(model: nn.Module, windows: Tensor, how: Healing) -> _Teacher:
+def _teach(model: nn.Module, windows: Tensor, how: Healing, cached: bool) -> _Teacher:
+    """One dense pass over ``windows``; with ``cached`` the same for every plan that learns from them."""
+    if cached:
+        entry = Entry("heal", "teacher", model, windows, how.top_k, how.batch_windows)
+        if (stored := entry.load()) is not None:
+            return _Teacher(**stored)
     log_p, tokens = [], []
     for ids in windows.split(how.batch_windows):
         logits = model(ids.to(model.device), use_cache=False).logits.float()  # [windows, seq_len, vocab]
         top, where = logits.topk(min(how.top_k, logits.shape[-1]), dim=-1)
         log_p.append((top - logits.logsumexp(-1, keepdim=True)).cpu())
         tokens.append(where.cpu())
-    return _Teacher(torch.cat(log_p), torch.cat(tokens))
+    teacher = _Teacher(torch.cat(log_p), torch.cat(tokens))
+    if cached:
+        entry.save(vars(teacher))
+    return teacher
 
 
 def heal(
@@ -101,7 +109,7 @@ def heal(
         windows: token ids to learn from [windows, seq_len]; gone through in random order, again and again if need be.
         validation: token ids of other documents [windows, seq_len], which decide the state that is kept; never held-out ones.
         seed: of the order of windows.
-        cached: keep the result on disk; an interrupted healing goes on at its last check.
+        cached: keep the result on disk, and the dense model's probabilities; an interrupted healing goes on at its last check.
 
     Returns:
         The healed plan, and its curves: KL(dense ‖ spliced) in nats per token as ``how.top_k`` sees it (the training curve
@@ -153,7 +161,7 @@ def _distil(
     checkpoint: Entry | None,
     progress: bool,
 ) -> TrainingReport:
-    teacher, examiner = _teach(model, windows, how), _teach(model, validation, how)
+    teacher, examiner = (_teach(model, ids, how, checkpoint is not None) for ids in (windows, validation))
 
     def loss(ids: Tensor, lesson: _Teacher, items: Tensor | slice) -> Tensor:
         return lesson.kl(model(ids[items].to(model.device), use_cache=False).logits.float(), items)

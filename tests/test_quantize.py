@@ -32,7 +32,7 @@ def logits(model, windows) -> torch.Tensor:
 
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((y - reference).norm() / reference.norm())
+    return ((y - reference).norm() / reference.norm()).item()
 
 
 def linear(inputs: int = 33, outputs: int = 24, bias: bool = True) -> nn.Linear:
