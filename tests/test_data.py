@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from mlpreplace import documents, load_windows
 from mlpreplace.assets import read_member
-from mlpreplace.data import SPLITS, _split_of, text_name
+from mlpreplace.data import MIXTURES, SPLITS, _split_of, text_name
 from mlpreplace.texts import BUNDLED
 
 WORDS = 40  # different words of a document, each in no other
@@ -287,6 +287,15 @@ def test_what_a_text_is_called():
     assert text_name("bundled/wiki") == "bundled/wiki"
     assert text_name({"bundled/wiki": 0.5, "bundled/passages": 0.5}) == "bundled/wiki 50 %, bundled/passages 50 %"
     assert text_name({"a": 2, "b": 1}) == "a 66.7 %, b 33.3 %"
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_named_mixture_is_its_shares_and_spares_the_domain_tested_on(name, three, tokenizer, monkeypatch):
+    assert set(MIXTURES[name]) <= set(BUNDLED) - {"bundled/speeches"}
+    monkeypatch.setitem(MIXTURES, name, {three[0]: 2, three[1]: 1})
+    windows = load_windows(name, tokenizer, seq_len=8, n_windows=9)
+    assert torch.equal(windows, load_windows({three[0]: 2, three[1]: 1}, tokenizer, seq_len=8, n_windows=9))
+    assert text_name(name) == name
 
 
 # the bundled texts
