@@ -138,6 +138,20 @@ def test_the_cache_by_hand(name):
     assert cache_bytes(cache) == 2 * 4 * LAYERS * width * windows.numel()
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_replaced_attention_has_no_scores_and_no_cache(name):
+    model, windows = build(name), random_windows(2, SEQ_LEN)
+    plan = dict(list(plan_for(model, Linear(), "attention").items())[:2])
+    small = splice(model, plan)
+    linear, attention = counted(small, windows[:1])
+    assert flops(small, SEQ_LEN) == linear + attention * (SEQ_LEN + 1) / (2 * SEQ_LEN)
+    assert attention == counted(model, windows[:1])[1] / 3
+    models = {"dense": model, "small": small}
+    row = speed_rows(models, latency(models, windows, decode_tokens=1, rounds=2))[1]
+    assert row["kv_cache_fraction"] == 1 / 3
+    assert row["sparsity_achieved"] == pytest.approx(sparsity(model, plan))
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_latency_of_every_causal_model(name):
     """What is measured is finite, and each model decodes what it would generate."""
