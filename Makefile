@@ -28,7 +28,7 @@ setup: $(READY) $(ASSETS)  ## virtual environment, pinned packages, verified mod
 figures: setup  ## run every notebook (PROFILE) and draw figures/
 	$(RUN)
 
-studies: setup  ## the measurements that take longer than a notebook may: calibration text, ingredients, tasks
+studies: setup  ## the measurements that take longer than a notebook may: what each ingredient brings
 	$(RUN) --studies
 
 smoke: PROFILE = smoke
