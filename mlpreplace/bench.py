@@ -135,7 +135,7 @@ def main() -> None:
     bench_memory()
     bench_capture(model, blocks, windows)
     bench_sweeps(model, blocks, windows[:4, :256])
-    bench_speed(model, blocks, windows)
+    bench_speed(model, blocks, windows[:, :256])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from mlpreplace import (
     NarrowPlusLinear,
     Replacement,
     TwoLayerMLP,
+    capture,
     compare,
     find_blocks,
     fit,
@@ -27,6 +28,7 @@ from mlpreplace import (
     sparsity,
     spliced,
 )
+from mlpreplace.capture import MOMENTS
 from mlpreplace.order import TARGETS, read_out, refit, rollback
 
 FAMILIES = [NarrowMLP(12), NarrowPlusLinear(8, 4), TwoLayerMLP(12), Linear(), LowRank(4), Mean()]
@@ -279,7 +281,8 @@ def test_bad_requests():
 def test_refit_of_the_bundled_model(bundled):
     model, tokenizer = bundled
     windows = load_windows("bundled/wiki", tokenizer, seq_len=64, n_windows=6)
-    blocks, stats = captured_whole(model, windows[:, :32], validation_windows=2)
+    blocks = find_blocks(model)[:3]
+    stats = capture(model, blocks, windows, moments=MOMENTS, validation_windows=2, progress=False)
     plan = {blocks[i]: fit(blocks[i], stats, f) for i, f in ((0, NarrowPlusLinear(256, 64)), (2, LowRank(32)))}
     new = refit(model, plan, windows, progress=False)
     assert stream_error(model, new, windows) < stream_error(model, plan, windows)
