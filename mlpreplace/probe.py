@@ -67,12 +67,14 @@ def probe(
         the model is as it was, so it need not be gone through to its end. Memory: one batch's.
 
     Raises:
-        ValueError: an unknown objective, windows the model cannot read, blocks or a plan of another model.
+        ValueError: an unknown objective, windows the model cannot read, no blocks, blocks or a plan of another model.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}.")
     check_windows(windows, model)
     blocks = list(blocks)
+    if not blocks:
+        raise ValueError("There is no block to probe.")
     for path in (path for block in blocks for path in block.paths):
         try:
             model.get_submodule(path)

@@ -206,12 +206,13 @@ def ablation(rows: pd.DataFrame) -> Figure:
     notes = rows.drop_duplicates("method").set_index("method")["note"]
     figure, axes = plt.subplots(figsize=(6.8, 1.0 + 0.29 * len(names)))
     looks = ({"color": "#0072B2", "marker": "o"}, {"color": "#D55E00", "marker": "s"})
-    for (domain, part), look in zip(rows.groupby("domain", sort=False), looks, strict=False):
+    sides = ((0, 4), (0, -9))  # above and below the mark: two domains may be close
+    for (domain, part), look, side in zip(rows.groupby("domain", sort=False), looks, sides, strict=False):
         y = part["method"].map(places)
         span = [part["perplexity_ratio"] - part["ci_low"], part["ci_high"] - part["perplexity_ratio"]]
         axes.errorbar(part["perplexity_ratio"], y, xerr=span, linestyle="", capsize=2, elinewidth=0.8, label=domain, **look)
         for value, place in zip(part["perplexity_ratio"], y, strict=True):
-            axes.annotate(f"{value:.2f}", (value, place), xytext=(0, 5), textcoords="offset points", fontsize=6, ha="center")
+            axes.annotate(f"{value:.2f}", (value, place), xytext=side, textcoords="offset points", fontsize=6, ha="center")
     axes.set(xscale="log", xlabel="perplexity ÷ dense perplexity")
     plain_log_ticks(axes.xaxis, "×%g", subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
     axes.set_yticks(list(places.values()), [f"{name}: {notes[name]}" if notes[name] else name for name in places])
