@@ -190,10 +190,11 @@ def _before_norm(error: Tensor, y: Tensor, added: Tensor) -> tuple[Tensor, Tenso
     """
     if torch.equal(y, added):
         return error, torch.ones_like(error[:, :1])
-    gain = added * y / y.square().clamp_min(torch.finfo(y.dtype).tiny)
+    tiny = torch.finfo(y.dtype).tiny
+    gain = added * y / y.square().clamp_min(tiny)
     mean_square = gain.square().mean(-1, keepdim=True)
     change = error * gain / (gain.square() + DAMPING * mean_square)
-    along = (change * y).sum(-1, keepdim=True) / y.square().sum(-1, keepdim=True)
+    along = (change * y).sum(-1, keepdim=True) / y.square().sum(-1, keepdim=True).clamp_min(tiny)
     return change - along * y, mean_square
 
 
