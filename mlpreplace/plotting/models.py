@@ -129,6 +129,7 @@ def pareto(rows: pd.DataFrame) -> Figure:
         part = rows[rows["domain"] == domain]
         dense = part[part["method"] == "dense"].iloc[0]
         for method, line in part[part["method"] != "dense"].groupby("method", sort=False):
+            line = line.sort_values("sparsity_achieved")
             x, y = line["sparsity_achieved"], line["perplexity_ratio"]
             span = [y - line["ci_low"], line["ci_high"] - y]
             axes.errorbar(x, y, yerr=span, capsize=2, elinewidth=0.8, label=method, **METHOD_LOOKS[method])
@@ -140,7 +141,7 @@ def pareto(rows: pd.DataFrame) -> Figure:
         axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         plain_log_ticks(axes.yaxis, "×%g", subs=(1, 1.5, 2, 3, 5, 7))
-        axes.set_ylim(bottom=0.85)
+        axes.set_ylim(0.85, 1.08 * rows["ci_high"].max())
     panels[0][0].set_ylabel("perplexity ÷ dense perplexity")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, columnspacing=1)
     return figure
