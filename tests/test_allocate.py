@@ -1,105 +1,12 @@
-"""Allocations against brute force on small random cases, and the sparsity they promise on a model."""
+"""The sparsity that every strategy promises on a model, and where it takes the parameters from."""
 
 from importlib import import_module
-from itertools import product
 
 import numpy as np
 import pytest
 from conftest import HIDDEN, INTERMEDIATE, build, capture_quietly, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, allocate, compare, find_blocks, fit_all, narrow_widths, sparsity
-from mlpreplace.damage import local_damage, measured_damage
-from mlpreplace.knapsack import greedy, knapsack
-
-SEEDS = range(12)
-
-
-def random_case(seed: int, blocks: int = 4, sizes: int = 3, convex: bool = False):
-    """(savings, damages, target): candidates of each block by size, damages of any shape or convex in the saving."""
-    rng = np.random.default_rng(seed)
-    savings, damages = {}, {}
-    for block in "abcdefgh"[:blocks]:
-        savings[block] = sorted(int(s) for s in rng.choice(np.arange(10, 100), sizes, replace=False))
-        slopes = rng.gamma(1, 1, sizes) * rng.gamma(1, 1)
-        steps = np.diff([0, *savings[block]])
-        damages[block] = list(np.cumsum(np.sort(slopes) * steps) if convex else rng.gamma(1, 1, sizes) * savings[block])
-    most = sum(max(s) for s in savings.values())
-    return savings, damages, float(rng.uniform(0.2, 0.95) * most)
-
-
-def total(values, choice) -> float:
-    return sum(values[block][i] for block, i in choice.items())
-
-
-def brute_force(savings, damages, target) -> float:
-    """Least damage of all choices that save enough."""
-    best = np.inf
-    for choice in product(*([None, *range(len(s))] for s in savings.values())):
-        chosen = {block: i for block, i in zip(savings, choice, strict=True) if i is not None}
-        if total(savings, chosen) >= target:
-            best = min(best, total(damages, chosen))
-    return best
-
-
-@pytest.mark.parametrize("convex", [True, False])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_knapsack_is_optimal(seed, convex):
-    savings, damages, target = random_case(seed, convex=convex)
-    choice = knapsack(savings, damages, target)
-    assert total(savings, choice) >= target
-    assert total(damages, choice) == pytest.approx(brute_force(savings, damages, target))
-
-
-@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e6])
-@pytest.mark.parametrize("seed", SEEDS[:6])
-def test_the_knapsack_is_optimal_for_damages_of_any_scale(seed, scale):
-    savings, damages, target = random_case(seed)
-    damages = {block: [d * scale for d in of_block] for block, of_block in damages.items()}
-    best = brute_force(savings, damages, target)
-    assert total(damages, knapsack(savings, damages, target)) == pytest.approx(best, rel=1e-6, abs=0)
-
-
-def test_the_knapsack_does_not_stop_a_parameter_short():
-    """A solver's tolerance is a share of the target: a saving just below it must not count as enough."""
-    savings, damages = {"a": [100_000_000, 100_000_010]}, {"a": [0.1, 1.0]}
-    assert knapsack(savings, damages, 100_000_001) == {"a": 1}
-
-
-def test_a_target_beyond_all_savings():
-    with pytest.raises(ValueError, match="No plan saves 31 parameters"):
-        knapsack({"a": [10, 20], "b": [10]}, {"a": [1, 2], "b": [1]}, 31)
-
-
-@pytest.mark.parametrize("convex", [True, False])
-@pytest.mark.parametrize("seed", range(40))
-def test_greedy_reaches_the_target_and_is_no_better_than_the_knapsack(seed, convex):
-    savings, damages, target = random_case(seed, blocks=7, sizes=6, convex=convex)
-    quick, exact = greedy(savings, damages, target), knapsack(savings, damages, target)
-    assert min(total(savings, quick), total(savings, exact)) >= target
-    assert total(damages, exact) <= total(damages, quick) * (1 + 1e-9)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_greedy_is_within_one_step_for_convex_damages(seed):
-    savings, damages, target = random_case(seed, blocks=7, sizes=6, convex=True)
-    steps = [np.diff([0, *damages[block]]).max() for block in savings]
-    excess = total(damages, greedy(savings, damages, target)) - total(damages, knapsack(savings, damages, target))
-    assert excess <= max(steps) + 1e-9
-
-
-def test_greedy_takes_the_cheapest_per_parameter_first():
-    savings = {"cheap": [10, 20], "dear": [10, 20]}
-    damages = {"cheap": [1, 3], "dear": [5, 30]}
-    assert greedy(savings, damages, 10) == {"cheap": 0}
-    assert greedy(savings, damages, 20) == {"cheap": 1}
-    assert greedy(savings, damages, 30) == {"cheap": 1, "dear": 0}
-
-
-def test_greedy_skips_what_saves_nothing():
-    assert greedy({"a": [-5, 0, 10]}, {"a": [0.0, 0.0, 4.0]}, 8) == {"a": 2}
-
-
-# on a model
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "milp"])
@@ -170,21 +77,6 @@ def test_candidates_of_ones_own(captured):
     assert all(any(r is c for c in candidates[b]) for b, r in plan.items())
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "milp"])
-def test_damages_can_be_measured(strategy, captured):
-    model, blocks, stats = captured
-    validation = random_windows(4, seed=9)
-    candidates = fit_all(blocks, stats, [NarrowMLP(12), NarrowMLP(36)], progress=False)
-    plan = allocate(model, stats, 0.2, strategy, candidates=candidates, windows=validation, progress=False)
-    assert sparsity(model, plan) >= 0.2
-    damages = measured_damage(model, candidates, validation, progress=False)
-    for b in blocks:
-        for small, damage in zip(candidates[b], damages[b], strict=True):
-            alone = compare(model, {"alone": {b: small}}, validation, progress=False)["alone"]
-            assert damage == pytest.approx(alone.mean_kl, rel=1e-4)
-        assert damages[b][0] > damages[b][1]
-
-
 def test_the_measured_windows_decide(captured, monkeypatch):
     """With windows, the damages are the measured ones and not those of the reports."""
     model, blocks, stats = captured
@@ -195,12 +87,66 @@ def test_the_measured_windows_decide(captured, monkeypatch):
     assert blocks[0] not in plan
 
 
-def test_local_damage_is_that_of_the_reports(captured):
-    _, blocks, stats = captured
+def test_the_heuristic_leaves_the_ends_alone():
+    """One layer in ten, rounded up; one width elsewhere."""
+    model = build("llama", num_hidden_layers=11)
+    blocks, stats = capture_quietly(model, random_windows(4))
+    plan = allocate(model, stats, 0.2, "heuristic")
+    assert list(plan) == blocks[2:9]
+    assert len({r.family.width for r in plan.values()}) == 1
+    assert sparsity(model, plan) >= 0.2
+    spread = allocate(model, stats, 0.1, "heuristic", family=LowRank)
+    assert set(spread) < set(blocks[2:9])
+    assert sparsity(model, spread) >= 0.1
+
+
+def test_the_ends_are_the_models_not_those_of_the_statistics():
+    model = build("llama", num_hidden_layers=5)
+    blocks, stats = capture_quietly(model, random_windows(4))
+    inner = {block: stats[block] for block in blocks[1:3]}
+    assert list(allocate(model, inner, 0.1, "heuristic")) == blocks[1:3]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_of_nothing_but_ends_has_no_heuristic(layers):
+    model = build("llama", num_hidden_layers=layers)
+    _, stats = capture_quietly(model, random_windows(4))
+    with pytest.raises(ValueError, match="'heuristic'.* a tenth of the layers, at least one, at each end.* hold none"):
+        allocate(model, stats, 0.1, "heuristic")
+    assert sparsity(model, allocate(model, stats, 0.1, "uniform")) >= 0.1
+
+
+def test_uniform_replaces_mlp_blocks():
+    model = build("llama")
+    _, stats = capture_quietly(model, random_windows(4), "attention", moments=("input",))
+    with pytest.raises(ValueError, match="'uniform' replaces MLP blocks: the statistics hold none"):
+        allocate(model, stats, 0.1, "uniform")
+
+
+@pytest.mark.parametrize("target", [0.15, 0.35])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_the_search_diverges_no_more_than_the_knapsack_it_starts_from(name, target):
+    model = build(name)
+    _, stats = capture_quietly(model, random_windows())
+    validation = random_windows(4, seed=9)
+    plans = {
+        "search": allocate(model, stats, target, "search", windows=validation, rounds=3, progress=False),
+        "milp": allocate(model, stats, target, "milp", progress=False),
+    }
+    assert sparsity(model, plans["search"]) >= target
+    measured = compare(model, plans, validation, progress=False)
+    assert measured["search"].mean_kl <= measured["milp"].mean_kl * (1 + 1e-6)
+
+
+def test_the_search_takes_attention_too(captured):
+    """Where attention is what can be spared, as reports do not say."""
+    model, blocks, stats = captured
+    attention, of_attention = capture_quietly(model, random_windows(), "attention", moments=("input",))
     candidates = fit_all(blocks, stats, [NarrowMLP(12), NarrowMLP(36)], progress=False)
-    for b, (narrow, wide) in local_damage(candidates).items():
-        assert [narrow, wide] == [r.report.validation.damage for r in candidates[b]]
-        assert narrow > wide
+    candidates |= fit_all(attention, of_attention, [Linear(), LowRank(4)], progress=False)
+    plan = allocate(model, stats, 0.6, "search", candidates=candidates, windows=random_windows(4, seed=9), progress=False)
+    assert {block.kind for block in plan} == {"mlp", "attention"}
+    assert sparsity(model, plan) >= 0.6
 
 
 def test_widths_are_below_the_block(captured):
@@ -220,7 +166,10 @@ def test_widths_are_below_the_block(captured):
         ({"sparsity": 0.9, "strategy": "milp"}, "sparsity=0.9 asks to remove"),
         ({"sparsity": 0.9, "strategy": "uniform"}, "Uniform NarrowMLP cannot save"),
         ({"sparsity": 0.9, "strategy": "uniform", "family": LowRank}, "Uniform LowRank cannot save"),
+        ({"sparsity": 0.5, "strategy": "heuristic"}, "Uniform NarrowMLP cannot save .* in 1 MLP blocks"),
         ({"strategy": "uniform", "family": Linear}, "takes NarrowMLP or LowRank, got Linear"),
+        ({"strategy": "heuristic", "family": Mean}, "takes NarrowMLP or LowRank, got Mean"),
+        ({"strategy": "search"}, "strategy='search' measures plans: pass windows="),
     ],
 )
 def test_what_cannot_be_allocated(options, message, captured):
