@@ -95,6 +95,22 @@ def test_it_recovers_from_a_misleading_start():
     assert kl(model, plan) < 0.01 * kl(model, start)
 
 
+def test_a_proposal_that_measures_worse_is_refused(monkeypatch):
+    """Prices turned upside down propose the most harmful change there is."""
+    model, candidates, _ = misled()
+    start = start_of(candidates, 0.5)
+
+    def worst(savings, prices, target, **options):
+        return knapsack(savings, {block: [-price for price in of_block] for block, of_block in prices.items()}, target, **options)
+
+    monkeypatch.setattr(import_module("mlpreplace.search"), "knapsack", worst)
+    plan, history = search(model, start, candidates, WINDOWS, rounds=3, radii=(1 / 4,), progress=False)
+    assert same(plan, start)
+    (record,) = history  # and the search ends
+    assert record["moved"] > 0 and record["kl"] > 1.1 * record["best_kl"]
+    assert record["best_kl"] == pytest.approx(kl(model, start), rel=1e-4)
+
+
 def test_replaced_attention_may_return():
     """What a dense attention block would give in a replaced one's place is priced as well."""
     model = build("llama")
