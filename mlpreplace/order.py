@@ -81,7 +81,7 @@ def refit(
     windows: Tensor,
     *,
     towards: str = "stream",
-    ridge: float = 1e-2,
+    ridge: float = 1.0,
     batch_size: int = 4,
     cached: bool = False,
     progress: bool = True,
@@ -101,7 +101,8 @@ def refit(
         towards: "output" for what the dense block gives in the dense model, or "stream" for what brings the residual stream
             behind the layer back to the dense one, so that earlier errors are corrected. A norm between the block and the
             stream (Gemma 2) is taken to first order.
-        ridge: λ towards the present weights, relative to the mean of the Gram matrix's diagonal.
+        ridge: λ towards the present weights, relative to the mean of the Gram matrix's diagonal. A fit's own 1e-2 overfits few
+            tokens: on 4,096 of them it made the perplexity of a 135M-parameter Llama 27 % worse, where 1.0 left it about as it was.
         cached: keep the result on disk, and take it from there.
 
     Raises:
