@@ -102,7 +102,7 @@ def refit(
             behind the layer back to the dense one, so that earlier errors are corrected. A norm between the block and the
             stream (Gemma 2) is taken to first order.
         ridge: λ towards the present weights, relative to the mean of the Gram matrix's diagonal. A fit's own 1e-2 overfits few
-            tokens: on 4,096 of them it made the perplexity of a 135M-parameter Llama 27 % worse, where 1.0 left it about as it was.
+            tokens: on 4,096 of them it raised the perplexity of a compressed 135M Llama by 27 %, and 1.0 changed little.
         cached: keep the result on disk, and take it from there.
 
     Raises:
