@@ -33,20 +33,26 @@ _PARSING = threading.Lock()  # Python 3.11 counts the depth of ast.parse for all
 
 @cache
 def code_hash(module: str) -> str:
-    """Hash of a module of this package and of every module of the package it imports, directly or not."""
+    """Hash of a module of this package and of every module of the package it imports, directly or not.
+
+    What runs is hashed, not how it is laid out: comments and docstrings may change.
+    """
     todo, seen = [module], {}
     while todo:
         name = todo.pop()
         path = PACKAGE / f"{name}.py"
         if name in seen or not path.exists():
             continue
-        seen[name] = path.read_bytes()
         with _PARSING:
-            tree = ast.parse(seen[name])
+            tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level == 1:
                 todo += [node.module] if node.module else [alias.name for alias in node.names]
-    return xxhash.xxh3_128_hexdigest(b"\0".join(seen[name] for name in sorted(seen)))
+            body = getattr(node, "body", None)
+            if isinstance(body, list):  # a text that stands alone does nothing
+                node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+        seen[name] = ast.dump(tree)
+    return xxhash.xxh3_128_hexdigest("\0".join(seen[name] for name in sorted(seen)).encode())
 
 
 def fingerprint(*values) -> str:

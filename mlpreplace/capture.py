@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from .blocks import Block
 from .cache import Entry
-from .data import check_windows
-from .models import eval_mode
+from .models import check_windows, eval_mode
 
 MOMENTS = {"input": "xx", "hidden": "hh", "cross": "hx"}  # and the field that tells whether one was captured
 DEFAULT_MOMENTS = ("input", "hidden")

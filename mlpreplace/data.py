@@ -138,19 +138,3 @@ def _windows(name: str, tokenizer, split: str, seq_len: int, n_windows: int, pro
         f"{name} has {len(windows)} {split} windows of {seq_len} tokens in {len(chosen)} documents, {n_windows} were asked "
         "for. Ask for fewer or shorter windows, or bring more text."
     )
-
-
-def check_windows(windows: Tensor, model, mask: Tensor | None = None) -> None:
-    """Raise ValueError unless ``windows`` are token ids [windows, seq_len] that ``model`` can read."""
-    if windows.dim() != 2 or windows.is_floating_point():
-        raise ValueError(f"Expected token ids [windows, seq_len], got {windows.dtype} {tuple(windows.shape)}.")
-    if mask is not None and mask.shape != windows.shape:
-        raise ValueError(f"The mask is {tuple(mask.shape)}, the windows are {tuple(windows.shape)}.")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and windows.shape[1] > context:
-        raise ValueError(f"Windows of {windows.shape[1]} tokens are longer than the model's context of {context}.")
-    vocabulary = getattr(model.config, "vocab_size", None)
-    if vocabulary and windows.numel() and int(windows.max()) >= vocabulary:
-        raise ValueError(
-            f"Token id {int(windows.max())} is outside the model's vocabulary of {vocabulary}: another model's tokenizer?"
-        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import Entry, fingerprint
-from .data import check_windows
+from .models import check_windows
 from .splice import Plan
 from .sweep import sweep
 

@@ -23,8 +23,7 @@ from tqdm import tqdm
 
 from .blocks import Block
 from .cache import Entry, fingerprint
-from .data import check_windows
-from .models import eval_mode
+from .models import check_windows, eval_mode
 from .replacements import Replacement
 from .reports import TrainingReport
 from .splice import spliced

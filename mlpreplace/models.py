@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -55,6 +55,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+def check_windows(windows: Tensor, model: nn.Module, mask: Tensor | None = None) -> None:
+    """Raise ValueError unless ``windows`` are token ids [windows, seq_len] that ``model`` can read."""
+    if windows.dim() != 2 or windows.is_floating_point():
+        raise ValueError(f"Expected token ids [windows, seq_len], got {windows.dtype} {tuple(windows.shape)}.")
+    if mask is not None and mask.shape != windows.shape:
+        raise ValueError(f"The mask is {tuple(mask.shape)}, the windows are {tuple(windows.shape)}.")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and windows.shape[1] > context:
+        raise ValueError(f"Windows of {windows.shape[1]} tokens are longer than the model's context of {context}.")
+    vocabulary = getattr(model.config, "vocab_size", None)
+    if vocabulary and windows.numel() and int(windows.max()) >= vocabulary:
+        raise ValueError(
+            f"Token id {int(windows.max())} is outside the model's vocabulary of {vocabulary}: another model's tokenizer?"
+        )
 
 
 def convert_gguf(gguf: Path, target: Path) -> Path:

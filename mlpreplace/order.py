@@ -20,10 +20,9 @@ from .blocks import Block
 from .cache import Entry
 from .capture import _tensor
 from .damage import Candidates, local_damage
-from .data import check_windows
 from .evaluate import compare
 from .knapsack import greedy
-from .models import eval_mode
+from .models import check_windows, eval_mode
 from .replacements import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, Replacement, TwoLayerMLP
 from .splice import Plan, spliced
 from .walk import Pass, Walk, moved

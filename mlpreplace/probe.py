@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from .blocks import Block
 from .capture import _tensor
-from .data import check_windows
-from .models import eval_mode
+from .models import check_windows, eval_mode
 from .splice import Plan, spliced
 
 OBJECTIVES = ("kl", "sampled")

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cache import Entry, fingerprint
-from .data import check_windows
-from .models import eval_mode
+from .models import check_windows, eval_mode
 
 
 def sample_windows(

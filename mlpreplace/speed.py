@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import KINDS, find_blocks
-from .data import check_windows
 from .evaluate import RESAMPLES
 from .hybrids import CausalAttention
-from .models import eval_mode
+from .models import check_windows, eval_mode
 from .splice import replacements_of
 
 ROUNDS = 5

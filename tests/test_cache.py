@@ -126,7 +126,23 @@ def package(tmp_path, monkeypatch, fresh_assets):
 @pytest.mark.parametrize(("module", "matters"), [("a", True), ("b", True), ("c", True), ("d", False)])
 def test_the_code_is_a_module_and_what_it_imports(module, matters, package):
     before = code_hash("a")
-    (package / f"{module}.py").write_text((package / f"{module}.py").read_text() + "# changed\n")
+    (package / f"{module}.py").write_text((package / f"{module}.py").read_text() + "z = 3\n")
+    code_hash.cache_clear()
+    assert (code_hash("a") != before) == matters
+
+
+@pytest.mark.parametrize(
+    ("source", "matters"),
+    [
+        ('"""Another docstring."""\n\nx = 1  # why\n', False),
+        ('x = 1\n\n\ndef f():\n    """Documented."""\n', True),
+        ("x = '1'\n", True),
+    ],
+    ids=["words", "a function", "a value"],
+)
+def test_comments_and_docstrings_are_not_code(source, matters, package):
+    before = code_hash("a")
+    (package / "c.py").write_text(source)
     code_hash.cache_clear()
     assert (code_hash("a") != before) == matters
 
