@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .blocks import Block, block_parameters
 from .capture import Statistics
-from .damage import Candidates, local_damage, measured_damage
+from .damage import Candidates, Damages, local_damage, second_order_damage
 from .fit import fit, fit_all
 from .knapsack import greedy, knapsack
 from .replacements import Family, LowRank, NarrowMLP, Replacement
@@ -63,6 +63,7 @@ def allocate(
     *,
     family: type[Family] = NarrowMLP,
     candidates: Candidates | None = None,
+    damages: Damages | None = None,
     windows: Tensor | None = None,
     rounds: int = 2,
     progress: bool = True,
@@ -76,13 +77,14 @@ def allocate(
             the exact knapsack on, by KL measured with the whole plan in place: :func:`~mlpreplace.search.search`).
         family: what "uniform" and "heuristic" use, NarrowMLP or LowRank.
         candidates: {block: fitted replacements} to choose from, blocks of any kind; by default NarrowMLP at 15 widths.
-        windows: token ids [windows, seq_len] to measure KL on, never held-out ones. "greedy" and "milp" measure each
-            candidate alone on them, and without them go by the fit reports; "search" needs them.
+        damages: what each of ``candidates`` costs, of :mod:`~mlpreplace.damage`. By default of second order on ``windows``,
+            which predicts best; without windows those of the fit reports, which are free.
+        windows: token ids [windows, seq_len], never held-out ones. "search" needs them to measure KL on.
         rounds: of the search, at most.
 
     Raises:
-        ValueError: unknown strategy, a sparsity outside (0, 1) or beyond what the candidates can save, a search without
-            windows, a uniform plan of another family or without a block.
+        ValueError: unknown strategy, damages that are not one for each candidate, a sparsity outside (0, 1) or beyond what the
+            candidates can save, a search without windows, a uniform plan of another family or without a block.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; expected one of {STRATEGIES}.")
@@ -106,10 +108,14 @@ def allocate(
         raise ValueError(
             f"sparsity={sparsity} asks to remove {target:,.0f} parameters, the candidates can save {most:,}: offer smaller ones."
         )
-    if windows is None or strategy == "search":
-        damages = local_damage(candidates)
-    else:
-        damages = measured_damage(model, candidates, windows, progress=progress)
+    if damages is not None and {b: len(d) for b, d in damages.items()} != {b: len(f) for b, f in candidates.items()}:
+        raise ValueError(
+            "damages must hold one number for each of candidates, block by block: compute them of the same candidates."
+        )
+    if damages is None:
+        damages = (
+            local_damage(candidates) if windows is None else second_order_damage(model, candidates, windows, progress=progress)
+        )
     choice = (greedy if strategy == "greedy" else knapsack)(savings, damages, target)
     plan = {block: candidates[block][i] for block, i in choice.items()}
     if strategy == "search":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Block
+from .cache import Entry, fingerprint
 from .evaluate import compare
 from .probe import probe
 from .replacements import Replacement
@@ -28,17 +29,29 @@ def local_damage(candidates: Candidates) -> Damages:
 
 
 def second_order_damage(
-    model: nn.Module, candidates: Candidates, windows: Tensor, *, seed: int = 0, batch_size: int = 2, progress: bool = True
+    model: nn.Module,
+    candidates: Candidates,
+    windows: Tensor,
+    *,
+    seed: int = 0,
+    batch_size: int = 2,
+    cached: bool = False,
+    progress: bool = True,
 ) -> Damages:
     """KL divergence to the dense model, nats per predicted token, to second order in a candidate's error e: ½ E (gᵀe)².
 
     g is the gradient of −log p(next tokens) by the block's output, the tokens drawn from the model itself, so that E ggᵀ is
     the Fisher information, the Hessian of KL (Martens 2020, arXiv 1412.1193). Products of two tokens' errors are
-    left out. One forward and backward pass over ``windows`` prices every candidate.
+    left out. One forward and backward pass over ``windows`` prices every candidate; with ``cached`` the prices are kept on disk.
 
     Raises ValueError for windows the model cannot read, candidates for another model.
     """
     totals = {block: [0.0] * len(fitted) for block, fitted in candidates.items()}
+    if cached:
+        entry = Entry("damage", "second-order", fingerprint(model, candidates, windows, seed, batch_size))
+        if (stored := entry.load()) is not None:
+            prices = iter(stored["prices"].tolist())
+            return {block: [next(prices) for _ in fitted] for block, fitted in candidates.items()}
     batches = probe(model, {}, candidates, windows, "sampled", seed=seed, batch_size=batch_size, progress=progress)
     for _, probes in batches:
         while probes:  # each is let go before the next batch runs
@@ -48,7 +61,10 @@ def second_order_damage(
                     along = ((replacement(p.x).float() - p.y.float()) * p.gradient).sum(-1)  # [windows, seq_len]
                 totals[block][i] += 0.5 * along.double().square().sum().item()
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    return {block: [total / tokens for total in of_block] for block, of_block in totals.items()}
+    damages = {block: [total / tokens for total in of_block] for block, of_block in totals.items()}
+    if cached:
+        entry.save({"prices": torch.tensor([d for of_block in damages.values() for d in of_block], dtype=torch.float64)})
+    return damages
 
 
 def measured_damage(

@@ -1,7 +1,7 @@
 """Allocation that knows of interaction: damages are priced with the whole plan in place, not block by block.
 
 Damages of single blocks add up while they are small. Later they do not, and a plan that trusts the sum overspends where
-blocks were each other's insurance. Each round here prices all candidates at the present plan by one backward pass
+blocks were each other's insurance. Each round here prices all candidates at the present plan by two backward passes
 (:mod:`~mlpreplace.probe`), solves the knapsack within a trust region, and keeps a proposal only if its measured KL is lower.
 """
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from .blocks import Block
 from .cache import Entry, fingerprint
-from .damage import Candidates, local_damage
+from .damage import Candidates
 from .evaluate import compare
 from .knapsack import knapsack
 from .models import eval_mode
-from .probe import probe
+from .probe import OBJECTIVES, probe
 from .replacements import Replacement
 
 Option = Replacement | None  # None: the block stays as it is
@@ -39,15 +39,16 @@ def search(
 ) -> tuple[dict[Block, Replacement], list[dict]]:
     """A plan of lower KL divergence that saves as much as ``plan`` does, by sequential linear programming.
 
-    With δ what a candidate changes in its block's output, the price of choosing it is E gᵀδ + κ E ‖δ‖² / ‖r‖²: the
-    gradient g of KL at the present plan, and a curvature κ, isotropic over the residual stream r, that is the present KL
-    over the present sum of local damages.
+    With δ what a candidate changes in its block's output, the price of choosing it is E gᵀδ + κ/2 E (fᵀδ)²: g is the
+    gradient of KL at the present plan, f that of −log p(next tokens) with the tokens drawn from the present plan's model,
+    so that E ffᵀ is its Fisher information (see :func:`~mlpreplace.damage.second_order_damage`). Far from the dense model KL
+    bends less than that: κ ≤ 1 is such that the prices of giving all blocks back add up to what it brings, −KL.
 
     Args:
         plan: where to start, made of ``candidates``.
-        candidates: {block: fitted replacements}, MLP and attention blocks alike, with reports of validation error.
+        candidates: {block: fitted replacements}, MLP and attention blocks alike.
         windows: token ids [windows, seq_len] that KL is measured on: validation windows, never held-out ones.
-        rounds: at most so many; each costs a backward pass over ``windows`` and a forward pass for each radius.
+        rounds: at most so many; each costs two backward passes over ``windows`` and a forward pass for each radius.
         radii: trust regions to propose from: how much more or less of its parameters a block may save in one round.
         cached: keep the result on disk and take it from there.
 
@@ -56,8 +57,8 @@ def search(
         moved (blocks that changed), tokens (forwarded so far, a backward pass counted as two).
 
     Raises:
-        ValueError: a replacement in ``plan`` that is no candidate, candidates without validation error or for another
-            model, windows the model cannot read.
+        ValueError: a replacement in ``plan`` that is no candidate, candidates for another model, windows the model cannot
+            read.
     """
     options: dict[Block, list[Option]] = {block: [None, *fitted] for block, fitted in candidates.items()}
     chosen = {block: 0 for block in options}
@@ -69,12 +70,11 @@ def search(
                 "start from a plan that holds the very replacements of candidates."
             )
         chosen[block] = where[0]
-    local = {block: [0.0, *damages] for block, damages in local_damage(candidates).items()}
     savings = {b: [0 if o is None else b.n_params - o.n_params for o in of_block] for b, of_block in options.items()}
     target = sum(savings[block][i] for block, i in chosen.items())
 
     if cached:
-        key = fingerprint(model, candidates, local, list(chosen.values()), windows, rounds, radii, batch_size)
+        key = fingerprint(model, candidates, list(chosen.values()), windows, rounds, radii, batch_size)
         entry = Entry("search", "search", key)
         if (stored := entry.load()) is not None:
             record = json.loads(bytes(stored["record"].tolist()))
@@ -83,10 +83,11 @@ def search(
     history, tokens = [], 0
     for number in range(rounds):
         near = {radius: _near(savings, chosen, radius) for radius in radii}
-        batches = probe(model, _plan(options, chosen), options, windows, batch_size=batch_size, progress=progress)
+        how = {"seed": number, "batch_size": batch_size, "progress": progress}
+        passes = [probe(model, _plan(options, chosen), options, windows, objective, **how) for objective in OBJECTIVES]
         with eval_mode(model):
-            present_kl, terms = _priced(batches, options, chosen, near[max(radii)], windows)
-        curvature = present_kl / max(sum(local[block][i] for block, i in chosen.items()), 1e-12)
+            present_kl, terms = _terms(zip(*passes, strict=True), options, chosen, near[max(radii)], windows)
+        curvature = _curvature(present_kl, [terms[block][0] for block, i in chosen.items() if i])
         proposals = {}
         for radius, within in near.items():
             prices = {b: [terms[b][i][0] + curvature * terms[b][i][1] for i in of_block] for b, of_block in within.items()}
@@ -99,7 +100,7 @@ def search(
         kls = {radius: measured[radius].mean_kl if radius in measured else present_kl for radius in radii}
         best = min(kls, key=kls.__getitem__)
         improved = kls[best] < present_kl
-        tokens += windows.numel() * (4 + len(plans) + bool(plans))  # dense, there and back; each proposal, and dense again
+        tokens += windows.numel() * (7 + len(plans) + bool(plans))  # dense, there and back twice; each proposal, and dense again
         about = {"best_kl": kls[best] if improved else present_kl, "tokens": tokens}
         history += [{"round": number, "radius": r, "kl": kls[r], "moved": moved[r], **about} for r in radii]
         if not improved:
@@ -123,22 +124,30 @@ def _near(savings: Mapping[Block, Sequence[int]], chosen: Mapping[Block, int], r
     }
 
 
+def _curvature(present_kl: float, back: Sequence[tuple[float, float]]) -> float:
+    """κ, from the two terms of giving each replaced block back."""
+    slope, bend = (sum(terms) for terms in zip(*back, strict=True)) if back else (0.0, 0.0)
+    return min(max(-(present_kl + slope) / bend, 0.0), 1.0) if bend > 0 else 1.0
+
+
 @torch.no_grad()
-def _priced(batches, options, chosen, near, windows: Tensor) -> tuple[float, dict[Block, dict[int, tuple[float, float]]]]:
-    """KL of the present plan in nats per token, and {block: {option: (E gᵀδ, E ‖δ‖² / ‖r‖²)}} for the options near it."""
+def _terms(passes, options, chosen, near, windows: Tensor) -> tuple[float, dict[Block, dict[int, tuple[float, float]]]]:
+    """KL of the present plan in nats per token, and {block: {option: (E gᵀδ, ½ E (fᵀδ)²)}} for the dense block (0) and the
+    options near the present one.
+    """
     loss = 0.0
-    sums = {block: {i: [0.0, 0.0] for i in of_block} for block, of_block in near.items()}
-    for of_batch, probes in batches:
+    sums = {block: {i: [0.0, 0.0] for i in {0, *of_block}} for block, of_block in near.items()}
+    for (of_batch, probes), (_, drawn) in passes:
         loss += of_batch
         while probes:  # each is let go before the next batch runs
             block, p = probes.popitem()
-            for i in near[block]:
+            f = drawn.pop(block).gradient
+            for i, terms in sums[block].items():
                 if i == chosen[block]:
                     continue
                 option = options[block][i]
                 delta = (p.dense(block) if option is None else option(p.x)).float() - p.y.float()  # [windows, seq_len, hidden]
-                sums[block][i][0] += (delta * p.gradient).sum().item()
-                sums[block][i][1] += (delta.square().sum(-1) / p.residual_energy).sum().item()
+                terms[0] += (delta * p.gradient).sum().item()
+                terms[1] += 0.5 * (delta * f).sum(-1).square().sum().item()
     predicted = windows.shape[0] * (windows.shape[1] - 1)
-    terms = {b: {i: (along / predicted, size / windows.numel()) for i, (along, size) in s.items()} for b, s in sums.items()}
-    return loss / predicted, terms
+    return loss / predicted, {b: {i: (g / predicted, f / predicted) for i, (g, f) in s.items()} for b, s in sums.items()}

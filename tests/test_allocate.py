@@ -77,14 +77,24 @@ def test_candidates_of_ones_own(captured):
     assert all(any(r is c for c in candidates[b]) for b, r in plan.items())
 
 
-def test_the_measured_windows_decide(captured, monkeypatch):
-    """With windows, the damages are the measured ones and not those of the reports."""
+def test_with_windows_second_order_damages_decide(captured, monkeypatch):
+    """And not those of the reports."""
     model, blocks, stats = captured
     planted = {b: [100.0 if b == blocks[0] else 1.0] for b in blocks}
-    monkeypatch.setattr(import_module("mlpreplace.allocate"), "measured_damage", lambda *args, **options: planted)
+    monkeypatch.setattr(import_module("mlpreplace.allocate"), "second_order_damage", lambda *args, **options: planted)
     candidates = fit_all(blocks, stats, [NarrowMLP(12)], progress=False)
     plan = allocate(model, stats, 0.2, "milp", candidates=candidates, windows=random_windows())
     assert blocks[0] not in plan
+
+
+def test_damages_may_be_given(captured):
+    model, blocks, stats = captured
+    candidates = fit_all(blocks, stats, [NarrowMLP(12)], progress=False)
+    damages = {b: [100.0 if b == blocks[0] else 1.0] for b in blocks}
+    plan = allocate(model, stats, 0.2, "milp", candidates=candidates, damages=damages)
+    assert blocks[0] not in plan
+    with pytest.raises(ValueError, match="one number for each of candidates"):
+        allocate(model, stats, 0.2, "milp", candidates=candidates, damages={b: [1.0, 2.0] for b in blocks})
 
 
 def test_the_heuristic_leaves_the_ends_alone():
@@ -131,7 +141,7 @@ def test_the_search_diverges_no_more_than_the_knapsack_it_starts_from(name, targ
     validation = random_windows(4, seed=9)
     plans = {
         "search": allocate(model, stats, target, "search", windows=validation, rounds=3, progress=False),
-        "milp": allocate(model, stats, target, "milp", progress=False),
+        "milp": allocate(model, stats, target, "milp", windows=validation, progress=False),
     }
     assert sparsity(model, plans["search"]) >= target
     measured = compare(model, plans, validation, progress=False)

@@ -1,6 +1,7 @@
 """What a candidate costs: the second-order estimate against its own definition and against measured KL."""
 
 from functools import lru_cache
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -45,6 +46,19 @@ def test_the_second_order_damage_is_quadratic_in_the_error(name):
         assert none == pytest.approx(0, abs=1e-9)
         assert once > 0
         assert (twice / once, opposite / once) == pytest.approx((4, 16), rel=1e-3)
+
+
+def test_cached_damages_are_not_computed_again(results, monkeypatch):
+    model, _, candidates = case()
+    damages = second_order_damage(model, candidates, WINDOWS, cached=True, progress=False)
+
+    def fail(*args, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(import_module("mlpreplace.damage"), "probe", fail)
+    assert second_order_damage(model, candidates, WINDOWS, cached=True, progress=False) == damages
+    with pytest.raises(AssertionError, match="again"):
+        second_order_damage(model, candidates, WINDOWS, seed=1, cached=True, progress=False)
 
 
 def test_a_replica_does_no_damage():

@@ -111,6 +111,7 @@ METHOD_LOOKS = {
     "uniform": {"color": "#56B4E9", "marker": "v", "linestyle": "--"},
     "ends protected": {"color": "#999999", "marker": "X", "linestyle": ":"},
     "greedy": {"color": "#E69F00", "marker": "D", "linestyle": "-."},
+    "nested": {"color": "#009E73", "marker": "P", "linestyle": "--"},
     "knapsack": {"color": "#CC79A7", "marker": "^", "linestyle": ":"},
     "search": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "search + healing": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
@@ -186,7 +187,7 @@ def calibration_texts(rows: pd.DataFrame) -> Figure:
         span = [part["perplexity_ratio"] - part["ci_low"], part["ci_high"] - part["perplexity_ratio"]]
         axes.errorbar(part["perplexity_ratio"], y, xerr=span, linestyle="", capsize=2, elinewidth=0.8, label=domain, **look)
     chosen_by = np.exp(rows[rows["split"] == "validation"].groupby("method")["log_damage"].mean())
-    label = "validation windows, mean of all sources"
+    label = "validation windows of prose, mean"
     axes.plot(chosen_by, chosen_by.index.map(places), linestyle="", marker="|", markersize=11, color="0.1", label=label)
     axes.set(xscale="log", xlabel="perplexity ÷ dense perplexity")
     plain_log_ticks(axes.xaxis, "×%g", subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7))
