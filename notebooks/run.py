@@ -40,16 +40,12 @@ def read_profile(name: str) -> dict[str, dict]:
         known = ", ".join(["cpu", *sorted(p.stem for p in path.parent.glob("*.yaml"))])
         raise Refused(f"Unknown profile {name!r}; known are {known}.")
     profile = yaml.safe_load(path.read_text())
-    if not isinstance(profile, dict) or not all(
-        isinstance(section, dict) for section in profile.values()
-    ):
+    if not isinstance(profile, dict) or not all(isinstance(section, dict) for section in profile.values()):
         raise Refused(f"{path.name}: expected sections of PARAMETER: value.")
     return profile
 
 
-def parameters_for(
-    notebook: Path, profile_name: str, profile: dict[str, dict], overrides: dict
-) -> dict:
+def parameters_for(notebook: Path, profile_name: str, profile: dict[str, dict], overrides: dict) -> dict:
     """The values to inject into one notebook.
 
     Raises Refused for a notebook the profile forgot and for a parameter name that the notebook does not have. A value
@@ -60,14 +56,10 @@ def parameters_for(
         return {k: v for k, v in overrides.items() if k in known}
     section = str(notebook.relative_to(HERE).with_suffix(""))
     if section not in profile:
-        raise Refused(
-            f"Profile {profile_name!r} has no section {section!r}; add one, it may be empty: {{}}."
-        )
+        raise Refused(f"Profile {profile_name!r} has no section {section!r}; add one, it may be empty: {{}}.")
     unknown = set(profile[section]) - known
     if unknown:
-        raise Refused(
-            f"Profile {profile_name!r} gives {section} unknown parameters {sorted(unknown)}; it has {sorted(known)}."
-        )
+        raise Refused(f"Profile {profile_name!r} gives {section} unknown parameters {sorted(unknown)}; it has {sorted(known)}.")
     shared = {k: v for k, v in profile.get("common", {}).items() if k in known}
     return {**shared, **profile[section], **{k: v for k, v in overrides.items() if k in known}}
 
@@ -76,9 +68,7 @@ def check_names(notebooks: list[Path], names: set[str], where: str) -> None:
     """Raise Refused for a name that no notebook has as a parameter."""
     known = {name for notebook in notebooks for name in papermill.inspect_notebook(str(notebook))}
     if names - known:
-        raise Refused(
-            f"{where}: unknown parameters {sorted(names - known)}; known are {sorted(known)}."
-        )
+        raise Refused(f"{where}: unknown parameters {sorted(names - known)}; known are {sorted(known)}.")
 
 
 def located(value):
@@ -93,11 +83,7 @@ def figures_folder(profile: str, overrides: dict) -> str | None:
     if profile == "smoke":
         return "executed/smoke/figures"
     model = str(overrides.get("MODEL", "")).rstrip("/").rsplit("/", 1)[-1]
-    return (
-        "/".join(["figures", model or profile])
-        if model or profile != "cpu"
-        else "executed/cpu/figures"
-    )
+    return "/".join(["figures", model or profile]) if model or profile != "cpu" else "executed/cpu/figures"
 
 
 def tidy(path: Path) -> None:
@@ -118,12 +104,8 @@ def execute(notebook: Path, parameters: dict, profile: str) -> Path:
     output = ROOT / "executed" / profile / notebook.relative_to(HERE)
     output.parent.mkdir(parents=True, exist_ok=True)
     options = {"cwd": str(HERE), "kernel_name": "python3", "progress_bar": sys.stderr.isatty()}
-    local = Config(
-        KernelManager={"transport": "ipc"}
-    )  # sockets of this user's, not ports that any user could reach
-    papermill.execute_notebook(
-        str(notebook), str(output), parameters=parameters, config=local, **options
-    )
+    local = Config(KernelManager={"transport": "ipc"})  # sockets of this user's, not ports that any user could reach
+    papermill.execute_notebook(str(notebook), str(output), parameters=parameters, config=local, **options)
     tidy(output)
     return output
 
@@ -131,43 +113,24 @@ def execute(notebook: Path, parameters: dict, profile: str) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="cpu", help="cpu, smoke, gpu: profiles/<name>.yaml")
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="numbers or names of notebooks, as in --only 02 04"
-    )
-    parser.add_argument(
-        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
-    )
-    parser.add_argument(
-        "--studies", action="store_true", help="run studies/ instead of the notebooks"
-    )
-    parser.add_argument(
-        "--publish", action="store_true", help="replace the notebooks by their executed copies"
-    )
+    parser.add_argument("--only", nargs="*", default=[], help="numbers or names of notebooks, as in --only 02 04")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    parser.add_argument("--studies", action="store_true", help="run studies/ instead of the notebooks")
+    parser.add_argument("--publish", action="store_true", help="replace the notebooks by their executed copies")
     options = parser.parse_args(arguments)
     try:
         folders = {False: HERE, True: HERE / "studies"}
-        found = {
-            studies: sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-            for studies, folder in folders.items()
-        }
+        found = {studies: sorted(folder.glob("[0-9][0-9]_*.ipynb")) for studies, folder in folders.items()}
         every, here = found[False] + found[True], found[options.studies]
-        notebooks = [
-            n for n in here if not options.only or any(n.stem.startswith(o) for o in options.only)
-        ]
+        notebooks = [n for n in here if not options.only or any(n.stem.startswith(o) for o in options.only)]
         if not notebooks:
-            raise Refused(
-                f"No notebook matches {options.only}; there are {[n.stem for n in here]}."
-            )
+            raise Refused(f"No notebook matches {options.only}; there are {[n.stem for n in here]}.")
         profile = read_profile(options.profile)
         overrides = {name: located(yaml.safe_load(value)) for name, value in options.parameter}
         if options.publish and (options.profile != "cpu" or overrides):
-            raise Refused(
-                "--publish takes the unchanged cpu profile only: the committed notebooks show its outputs."
-            )
+            raise Refused("--publish takes the unchanged cpu profile only: the committed notebooks show its outputs.")
         check_names(every, set(overrides), "--parameter")
-        check_names(
-            every, set(profile.get("common", {})), f"profile {options.profile!r}, section 'common'"
-        )
+        check_names(every, set(profile.get("common", {})), f"profile {options.profile!r}, section 'common'")
         if folder := figures_folder(options.profile, overrides):
             overrides = {"FIGURES": folder, **overrides}
         todo = [(n, parameters_for(n, options.profile, profile, overrides)) for n in notebooks]
@@ -180,10 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             output = execute(notebook, parameters, options.profile)
         except PapermillExecutionError as error:
-            print(
-                f"error: {notebook.stem}, cell {error.exec_count}: {error.ename}: {error.evalue}",
-                file=sys.stderr,
-            )
+            print(f"error: {notebook.stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
             print(f"The copy in executed/{options.profile}/ shows where.", file=sys.stderr)
             return 1
         print(f"{notebook.stem} done in {time.time() - start:.0f} s", flush=True)
