@@ -20,6 +20,7 @@ from .blocks import Block, find_blocks, layer_lists
 from .cache import Entry
 from .capture import BlockStatistics, _add, _backbone, _finish, _flatten, _tensor, _unflatten
 from .models import check_windows, eval_mode
+from .splice import _check_attention
 
 
 @dataclass(frozen=True, order=True)
@@ -73,10 +74,9 @@ class _Recorder:
     """Hooks that keep of the running batch the streams r_i and what blocks add to them, [batch, seq_len, hidden]."""
 
     def __init__(self, model: nn.Module, depths: Iterable[int], blocks: Iterable[Block]):
-        stacks = layer_lists(model)
-        if len(stacks) > 1:
-            raise ValueError(f"{type(model).__name__} has {len(stacks)} stacks of layers: expected a model with a single one.")
-        self.layers, self.depths, self.blocks = stacks[0][2], set(depths), list(blocks)
+        for block in find_blocks(model, "attention"):
+            _check_attention(model, block)  # what cannot be removed need not be measured
+        self.layers, self.depths, self.blocks = layer_lists(model)[0][2], set(depths), list(blocks)
         self.streams: dict[int, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}  # of blocks
         self.added: dict[str, Tensor] = {}  # of blocks: the output, or what a norm between it and the stream makes of it
@@ -153,7 +153,8 @@ def capture_stream(
         cached: keep the result on disk, and take it from there.
 
     Raises:
-        ValueError: windows the model cannot read, no real token, an encoder-decoder, activations that are not finite.
+        ValueError: windows the model cannot read, no real token, activations that are not finite, attention that cannot be
+            replaced (an encoder-decoder's, BERT's).
     """
     check_windows(windows, model, mask)
     if not len(windows) or (mask is not None and not bool(mask.any(1).all())):
