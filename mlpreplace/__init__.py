@@ -4,6 +4,7 @@ Data flows one way: text → capture → fit → splice → evaluate → allocat
 """
 
 from .allocate import allocate, narrow_widths
+from .baselines import METHODS, Calibration, Method, calibrate
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
 from .capture import BlockStatistics, Sample, capture, merge, sample
 from .damage import local_damage, measured_damage, second_order_damage
@@ -12,6 +13,7 @@ from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity,
 from .fit import fit, fit_all
 from .heal import Healing, heal
 from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock
+from .layers import Removed, Tuned, find_layers, without_layers
 from .models import Source, load_model, resolve_device
 from .order import refit, rollback
 from .progressive import NestedMLP, narrowed, nest, set_sparsity
@@ -33,6 +35,7 @@ from .sampling import sample_windows
 from .search import search
 from .speed import flops, ideal_speedup, latency, size_bytes, speed_rows
 from .splice import load, save, sparsity, splice, spliced
+from .stream import Span, capture_spans, capture_stream
 from .tasks import BUNDLED_TASKS, TaskResult, accuracy_retained, evaluate_tasks, task_rows
 from .texts import documents
 from .train import Training

@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from torch import nn
 
 from .evaluate import Measurement, perplexity_ratio
+from .reports import FitReport
 from .splice import Plan, sparsity
 
 Label = tuple[str, float]  # method, target sparsity
+
+
+def _seconds(report: FitReport) -> float:
+    return report.seconds + (report.training.seconds if report.training else 0)
 
 
 def result_rows(
@@ -50,7 +55,7 @@ def result_rows(
                 "ci_high": ratio.high,
                 "kl": None if m.kl is None else m.mean_kl,
                 "tokens": m.n_tokens,
-                "fit_seconds": sum(r.report.seconds for r in plan.values() if r.report),
+                "fit_seconds": sum(_seconds(r.report) for r in plan.values() if r.report),
             }
         )
     return rows

@@ -66,7 +66,9 @@ def test_removed_layers_cache_nothing_and_cost_nothing(name):
     assert [cache.get_seq_length(i) for i in range(LAYERS)] == [9] * LAYERS
     assert cache_bytes(cache) * LAYERS == cache_bytes(dense) * (LAYERS - 2)
     assert flops(compressed, 9) == pytest.approx(flops(deleted(model, (1, 4)), 9))
-    assert count_parameters(compressed)["mlp"] + count_parameters(compressed)["attention"] == sum(weights) - weights[1] - weights[4]
+    assert (
+        count_parameters(compressed)["mlp"] + count_parameters(compressed)["attention"] == sum(weights) - weights[1] - weights[4]
+    )
 
 
 def test_norms_of_a_removed_layer_are_gone_and_return(llama):

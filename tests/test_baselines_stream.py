@@ -95,7 +95,9 @@ def test_padding_changes_nothing(name, side):
     for span in SPANS:
         singles = [quietly(model, window, validation_windows=0)[span].stream for window in alone[:4]]
         for name in ("sum_x", "xx", "xy"):
-            torch.testing.assert_close(getattr(padded[span].stream, name), sum(getattr(s, name) for s in singles), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                getattr(padded[span].stream, name), sum(getattr(s, name) for s in singles), rtol=0, atol=1e-4
+            )
         assert padded[span].stream.tokens == sum(lengths[:4])
         assert torch.equal(padded[span].stream.validation.mask, mask[4:])
 

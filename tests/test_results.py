@@ -1,9 +1,9 @@
 """The common columns say what was removed and what it cost."""
 
 import pytest
-from conftest import random_windows
+from conftest import capture_quietly, random_windows
 
-from mlpreplace import NarrowMLP, compare, fit, perplexity_ratio, splice
+from mlpreplace import NarrowMLP, Training, compare, fit, perplexity_ratio, splice
 from mlpreplace.results import result_rows
 
 COMMON = {
@@ -31,6 +31,20 @@ def test_rows_hold_what_was_removed_and_measured(captured, plans):
     assert narrow["perplexity_ratio"] == perplexity_ratio(measured["narrow", 0.2], measured["dense", 0.0]).value
     assert narrow["ci_low"] <= narrow["perplexity_ratio"] <= narrow["ci_high"]
     assert (narrow["domain"], narrow["sparsity"], narrow["tokens"]) == ("somewhere", 0.2, 6 * 11)
+
+
+def test_training_counts_as_fitting(llama):
+    how = Training(epochs=1, batch_tokens=8)
+    blocks, stats = capture_quietly(llama, random_windows(), sample_windows=None)
+    plans = {
+        ("dense", 0.0): {},
+        ("trained", 0.2): {blocks[0]: fit(blocks[0], stats, NarrowMLP(16), training=how, progress=False)},
+    }
+    measured = compare(llama, plans, random_windows(2), progress=False)
+    report = plans["trained", 0.2][blocks[0]].report
+    dense, trained = result_rows(llama, plans, measured, "somewhere")
+    assert dense["fit_seconds"] == 0 < report.training.seconds
+    assert trained["fit_seconds"] == report.seconds + report.training.seconds
 
 
 def test_there_is_one_dense_model(captured, plans):

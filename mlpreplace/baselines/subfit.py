@@ -4,9 +4,10 @@ After arXiv 2606.02559, whose code and details are not public. What it says: sub
 the residual stream, in magnitude and rotation; the lowest go, in no order of depth, until the sparsity is met net of the
 bypasses, which add about a tenth of what is removed; attention gets a low-rank map and an MLP one of higher rank, in closed
 form. What it leaves open is chosen here, as options of :func:`subfit`: how magnitude and rotation become one score (their
-product), whether parameters count in it (they do not), the ranks (a tenth of the block's parameters each, so that an MLP's
-is the higher one), the ridge (the fits' own), and that scores and bypasses are of the dense model, not of one after another.
-The last submodule removed is the smallest that reaches the sparsity.
+geometric mean), whether it is divided by the parameters saved (it is, or nearly all attention would go before any MLP), the
+ranks (a tenth of the block's parameters each, so that an MLP's is the higher one), the ridge (the fits' own), and that scores
+and bypasses are of the dense model, not of one after another. The last submodule removed is the smallest that reaches the
+sparsity.
 
 Descriptions that train the bypasses on next tokens go on from here: :func:`~mlpreplace.heal.heal` trains any plan.
 """
@@ -62,7 +63,7 @@ def subfit(
     sparsity: float,
     *,
     score: str = "both",
-    per_parameter: bool = False,
+    per_parameter: bool = True,
     added: float = 0.1,
     ridge: float = RIDGE,
     progress: bool = False,

@@ -30,6 +30,8 @@ LOOKS = {
     "MixtureOfExperts": {"color": "#7B6FD0", "marker": "h", "linestyle": "-"},
     "NestedMLP": {"color": "#44AA99", "marker": "<", "linestyle": "-"},
     "TransformerBlock": {"color": "#000000", "marker": "*", "linestyle": ":"},
+    "Removed": {"color": "#661100", "marker": "p", "linestyle": ":"},
+    "Tuned": {"color": "#332288", "marker": "d", "linestyle": "-"},
 }
 
 
