@@ -112,6 +112,12 @@ def find_parts(model: nn.Module, layer: int) -> list[Block]:
     return parts
 
 
+def layer_blocks(model: nn.Module) -> dict[str, Block]:
+    """{name: block} of all layers and of all their parts."""
+    layers = find_layers(model)
+    return {block.name: block for layer in layers for block in (layer, *find_parts(model, layer.layer))}
+
+
 def layer_parameters(model: nn.Module) -> list[int]:
     """Parameters of attention and MLP, layer by layer: what removing a layer saves."""
     attentions: dict[int, int] = {}

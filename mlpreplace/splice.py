@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .blocks import Block, block_parameters, find_blocks
 from .cache import whole_folder
+from .layers import layer_blocks
 from .models import Source, load_model
 from .past import cache_among, count_tokens, watch
 from .replacements import Family, FitReport, Replacement
@@ -173,6 +174,8 @@ def load(folder: str | Path, *, device: str = "auto") -> nn.Module:
         raise ValueError(f"The base model differs: {folder} was made from {base}, found {model.source}.")
     tensors = load_file(folder / "replacements.safetensors")
     blocks = {b.name: b for kind in ("mlp", "attention") for b in find_blocks(model, kind)}
+    if record["replacements"].keys() - blocks.keys():
+        blocks = layer_blocks(model) | blocks
     plan = {}
     for name, spec in record["replacements"].items():
         report = spec.pop("report")

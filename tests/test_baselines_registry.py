@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import CAUSAL, random_windows
+from conftest import CAUSAL, random_windows, save_locally
 from layer_blocks import calibrated, deep
-from test_past import logits
+from test_past import decoded, logits
 
-from mlpreplace import Linear, capture, find_blocks, sparsity, splice, spliced
+from mlpreplace import Linear, capture, find_blocks, load, load_model, save, sparsity, splice, spliced
 from mlpreplace.baselines import METHODS, Calibration, Method, calibrate
 from mlpreplace.blocks import block_parameters
 from mlpreplace.layers import layer_parameters, without_layers
@@ -97,6 +97,16 @@ def test_removed_layers_store_nothing(method, prepared):
         cache = model(ids, use_cache=True).past_key_values
     assert [i for i, layer in enumerate(cache.layers) if isinstance(layer, TokenCount)] == gone and gone
     assert all(cache.layers[i].keys.numel() == 0 for i in gone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_saved_and_loaded_bit_for_bit(name, method, tmp_path):
+    model, _ = load_model(save_locally(deep(name).float(), tmp_path / "base"), device="cpu")
+    compressed = splice(model, METHODS[method](model, calibrated(model, (0.3,), [method]), 0.3))
+    again, ids = load(save(compressed, tmp_path / "out"), device="cpu"), random_windows(2, 9)
+    assert torch.equal(logits(again, ids), logits(compressed, ids))
+    assert torch.equal(decoded(again, ids, 4), decoded(compressed, ids, 4))
 
 
 def test_a_method_is_one_function(llama, monkeypatch):
