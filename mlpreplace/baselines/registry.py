@@ -89,9 +89,11 @@ def calibrate(
     Args:
         windows: token ids [windows, seq_len]; the last ``validation_windows`` of them enter no moment.
         methods: names in :data:`METHODS`.
-        blocks: statistics of all MLP and attention blocks, where they were captured already.
+        blocks: statistics of MLP and attention blocks, where they were captured already; otherwise they are captured here, with
+            validation windows and without training samples.
         choose_windows: so many windows, evenly spaced, to choose layers and submodules by; None for all that are fitted on.
-        mask, sample_windows, batch_size, cached: as :func:`~mlpreplace.capture.capture` takes them.
+        sample_windows: so many windows are kept as pairs for the spans' stand-ins to be trained on; None for all.
+        mask, batch_size, cached: as :func:`~mlpreplace.capture.capture` takes them.
 
     Raises:
         ValueError: a method that is not known, a sparsity that a method cannot reach, and what ``capture`` raises.
@@ -106,8 +108,9 @@ def calibrate(
     stream = capture_stream(model, windows[some], None if mask is None else mask[some], **options)
     choices = [METHODS[name].spans for name in methods if METHODS[name].spans]
     spans = {span for choice in choices for sparsity in sparsities for span in choice(model, stream, sparsity)}
-    options |= dict(validation_windows=validation_windows, sample_windows=sample_windows)
-    captured = capture_spans(model, spans, windows, mask, **options)
+    options |= dict(validation_windows=validation_windows)
+    of_spans = capture_spans(model, spans, windows, mask, sample_windows=sample_windows, **options)
     if blocks is None:
-        blocks = capture(model, [*find_blocks(model), *find_blocks(model, "attention")], windows, mask, **options)
-    return Calibration(stream, captured, blocks)
+        both = [*find_blocks(model), *find_blocks(model, "attention")]
+        blocks = capture(model, both, windows, mask, sample_windows=0, **options)
+    return Calibration(stream, of_spans, blocks)

@@ -61,7 +61,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.args, self.kwargs = _called_with(model, block, seq_len)
         dtype = torch.promote_types(block.dtype, torch.float32)
-        self.layer = copy.deepcopy(block.host).to(dtype)
+        self.layer = copy.deepcopy(block.host).to(dtype).eval()
         self.kwargs = {name: _cast(value, dtype) for name, value in self.kwargs.items()}
         self.args = tuple(_cast(value, dtype) for value in self.args)
 
