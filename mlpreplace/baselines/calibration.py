@@ -9,7 +9,7 @@ from torch import nn
 
 from ..blocks import Block, block_parameters
 from ..capture import Statistics
-from ..damage import Candidates
+from ..damage import Candidates, Damages
 from ..layers import layer_parameters
 from ..replacements import Replacement
 from ..stream import Span, SpanStatistics, StreamStatistics
@@ -25,6 +25,7 @@ class Calibration:
     spans: dict[Span, SpanStatistics] = field(default_factory=dict)  # capture_spans, of the spans that methods chose
     blocks: Statistics = field(default_factory=dict)  # capture, of MLP and attention blocks
     candidates: Candidates = field(default_factory=dict)  # fitted replacements for the allocation to choose from
+    damages: Damages | None = None  # what each candidate costs, second_order_damage for instance
 
     def of_stream(self, model: nn.Module) -> StreamStatistics:
         """Raises ValueError where the stream was not captured, or that of a model with other layers."""

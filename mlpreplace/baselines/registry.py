@@ -45,10 +45,14 @@ def uniform(model: nn.Module, calibration: Calibration, sparsity: float) -> Plan
 
 
 def allocated(model: nn.Module, calibration: Calibration, sparsity: float) -> Plan:
-    """Of ``calibration.candidates``, for attention and MLP blocks alike, those of least local damage per parameter."""
+    """Of ``calibration.candidates``, for attention and MLP blocks alike, those of least damage: the exact knapsack.
+
+    Damages are ``calibration.damages``, or those of the fit reports where there are none.
+    """
     if not calibration.candidates:
         raise ValueError("There are no candidates to allocate: calibration.candidates = fit_all(blocks, stats, families).")
-    return allocate(model, calibration.blocks, sparsity, "greedy", candidates=calibration.candidates)
+    choices = dict(candidates=calibration.candidates, damages=calibration.damages)
+    return allocate(model, calibration.blocks, sparsity, "milp", **choices)
 
 
 METHODS: dict[str, Method] = {
