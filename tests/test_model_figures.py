@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlpreplace.plotting import ablation, additivity, calibration_texts, damage_prediction, kept_by_layer, pareto
-from mlpreplace.plotting.models import METHOD_LOOKS
+from mlpreplace import METHODS
+from mlpreplace.plotting import ablation, additivity, calibration_texts, damage_prediction, kept_by_layer, pareto, selection_map
+from mlpreplace.plotting.models import BASELINE_LOOKS, METHOD_LOOKS
 
 DOMAINS = ("bundled/wiki", "bundled/speeches")
 
@@ -48,9 +49,10 @@ def test_the_frontier_draws_every_method_in_every_domain():
         assert expected <= points(panel)
 
 
-def test_methods_differ_without_colour():
-    looks = [(look["marker"], look["linestyle"]) for look in METHOD_LOOKS.values()]
-    assert len(set(looks)) == len(looks) == len({look["color"] for look in METHOD_LOOKS.values()})
+@pytest.mark.parametrize("methods", [METHOD_LOOKS, METHODS], ids=["allocations", "comparison"])
+def test_methods_differ_without_colour(methods):
+    looks = [BASELINE_LOOKS[name] for name in methods]
+    assert len({(look["marker"], look["linestyle"]) for look in looks}) == len(looks) == len({look["color"] for look in looks})
 
 
 def test_pairs_are_drawn_as_a_ratio_and_sets_against_their_sum():
@@ -100,3 +102,18 @@ def test_kept_has_a_panel_a_method():
     first, second, _ = kept_by_layer(rows).axes
     assert [a.get_title() or a.get_title("left") for a in (first, second)] == ["greedy", "search"]
     assert first.collections[0].get_array().reshape(2, 3)[1].tolist() == [1, 0.75, 0.5]
+
+
+def test_the_selection_map_shows_attention_above_mlp():
+    rows = pd.DataFrame(
+        [
+            {"method": method, "layer": layer, "kind": kind, "kept": 0.1 * layer + (kind == "mlp")}
+            for method in ("subfit", "uidl")
+            for layer in range(3)
+            for kind in ("mlp", "attention")
+        ]
+    )
+    first, second, _ = selection_map(rows).axes
+    assert [a.get_title() or a.get_title("left") for a in (first, second)] == ["subfit", "uidl"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["attention", "MLP"]
+    assert first.collections[0].get_array().reshape(2, 3).tolist() == [[0, 0.1, 0.2], [1, 1.1, 1.2]]

@@ -16,6 +16,7 @@ from .models import (
     damage_prediction,
     kept_by_layer,
     pareto,
+    selection_map,
     sensitivity,
 )
 from .shares import parameter_share

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -116,6 +118,19 @@ METHOD_LOOKS = {
     "search": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "search + healing": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
 }
+BASELINE_LOOKS = METHOD_LOOKS | {  # the methods of mlpreplace.baselines
+    "allocated": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "allocated + refit": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
+    "subfit": {"color": "#CC79A7", "marker": "^", "linestyle": "--"},
+    "shortgpt": {"color": "#999999", "marker": "X", "linestyle": ":"},
+    "shortgpt_linear": {"color": "#117733", "marker": "P", "linestyle": "-."},
+    "uidl": {"color": "#000000", "marker": "*", "linestyle": ":"},
+    "uidl_linear": {"color": "#882255", "marker": ">", "linestyle": "-."},
+    "replaceme": {"color": "#009E73", "marker": "D", "linestyle": "-."},
+    "replaceme_cosine": {"color": "#44AA99", "marker": "<", "linestyle": "-."},
+    "streamline_layer": {"color": "#7B6FD0", "marker": "h", "linestyle": "--"},
+    "streamline_mlp": {"color": "#332288", "marker": "d", "linestyle": "--"},
+}
 
 
 def pareto(rows: pd.DataFrame) -> Figure:
@@ -133,7 +148,7 @@ def pareto(rows: pd.DataFrame) -> Figure:
             line = line.sort_values("sparsity_achieved")
             x, y = line["sparsity_achieved"], line["perplexity_ratio"]
             span = [y - line["ci_low"], line["ci_high"] - y]
-            axes.errorbar(x, y, yerr=span, capsize=2, elinewidth=0.8, label=method, **METHOD_LOOKS[method])
+            axes.errorbar(x, y, yerr=span, capsize=2, elinewidth=0.8, label=method, **BASELINE_LOOKS[method])
         axes.axhline(1, color="0.2", linewidth=1)
         axes.plot(0, 1, marker="*", color="0.2", markersize=9)
         text = f"dense: {dense['perplexity']:.1f}"
@@ -154,16 +169,28 @@ def kept_by_layer(rows: pd.DataFrame) -> Figure:
     Args:
         rows: method, layer, sparsity, kept (share of the block's parameters).
     """
+    return _kept(rows, "sparsity", lambda s: f"{100 * s:.4g} %")
+
+
+def selection_map(rows: pd.DataFrame) -> Figure:
+    """What methods keep of attention and of MLP: layer across, dark is kept; a panel a method.
+
+    Args:
+        rows: method, layer, kind ("attention" or "mlp"), kept (share of the block's parameters); one sparsity.
+    """
+    return _kept(rows, "kind", {"attention": "attention", "mlp": "MLP"}.get)
+
+
+def _kept(rows: pd.DataFrame, down: str, label: Callable[[Any], str]) -> Figure:
     methods = list(rows["method"].unique())
-    deep = rows["sparsity"].nunique()
-    size = 6.8, 0.8 + len(methods) * (0.35 + 0.32 * deep)
+    size = 6.8, 0.8 + len(methods) * (0.35 + (0.32 if down == "sparsity" else 0.2) * rows[down].nunique())
     figure, panels = plt.subplots(len(methods), 1, figsize=size, sharex=True, squeeze=False)
     bar = {"label": "parameters kept", "format": mpl.ticker.PercentFormatter(1), "fraction": 0.03, "pad": 0.01}
     for axes, method in zip(panels[:, 0], methods, strict=True):
-        table = rows[rows["method"] == method].pivot(index="sparsity", columns="layer", values="kept")
+        table = rows[rows["method"] == method].pivot(index=down, columns="layer", values="kept")
         sns.heatmap(table, ax=axes, cmap="Blues", vmin=0, vmax=1, linewidths=0.5, cbar=False)
-        axes.set_yticks([i + 0.5 for i in range(len(table))], [f"{100 * s:.4g} %" for s in table.index], rotation=0)
-        axes.set(title=method, xlabel="", ylabel="sparsity")
+        axes.set_yticks([i + 0.5 for i in range(len(table))], [label(value) for value in table.index], rotation=0)
+        axes.set(title=method, xlabel="", ylabel="sparsity" if down == "sparsity" else "")
         axes.tick_params(length=0)
     panels[-1, 0].set_xlabel("layer")
     figure.colorbar(panels[0, 0].collections[0], ax=panels[:, 0], **bar)
