@@ -72,12 +72,13 @@ def test_bypass_error_goes_by_what_was_measured(calibration):
     assert set(order[: len(plan) - 1]) <= set(plan)
 
 
-def test_the_last_step_is_the_smallest_that_reaches_the_target():
+def test_the_end_is_the_one_that_exceeds_the_target_least():
     order, savings = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}, {"a": 5, "b": 10, "c": 4, "d": 4, "e": 2}
     assert lowest_first(order, savings, 4) == ["c"]  # of two savings of 4 the lower score
     assert lowest_first(order, savings, 9) == ["a", "c"]
     assert lowest_first(order, savings, 17) == ["a", "b", "e"]
     assert lowest_first(order, savings, 18) == ["a", "b", "c"]
+    assert lowest_first(order, savings, 20) == ["a", "b", "c", "e"]  # e in the place of d, which would make 23
     assert lowest_first(order, savings | {"a": -1}, 17) == ["b", "c", "d"]
     with pytest.raises(ValueError, match="save 25 parameters, 26 are asked for"):
         lowest_first(order, savings, 26)

@@ -6,8 +6,8 @@ bypasses, which add about a tenth of what is removed; attention gets a low-rank 
 form. What it leaves open is chosen here, as options of :func:`subfit`: how magnitude and rotation become one score (their
 geometric mean), whether it is divided by the parameters saved (it is, or nearly all attention would go before any MLP), the
 ranks (a tenth of the block's parameters each, so that an MLP's is the higher one), the ridge (the fits' own), and that scores
-and bypasses are of the dense model, not of one after another. The last submodule removed is the smallest that reaches the
-sparsity.
+and bypasses are of the dense model, not of one after another. Where the last submodule would remove too much, smaller ones
+may go in its place: the sparsity is exceeded by as little as possible.
 
 Descriptions that train the bypasses on next tokens go on from here: :func:`~mlpreplace.heal.heal` trains any plan.
 """
@@ -42,19 +42,23 @@ def scores(stream: StreamStatistics, score: str = "both") -> dict[str, float]:
 
 
 def lowest_first(order: Mapping[Block, float], savings: Mapping[Block, int], target: float) -> list[Block]:
-    """Blocks of lowest score, until ``target`` parameters are saved; the last is the smallest saving that reaches it."""
-    chosen, missing = [], target
+    """Blocks of lowest score until ``target`` parameters are saved, of the ways to end that which saves least beyond it.
+
+    Where the next block would save too much, the end is the smallest that saves enough, or first more of those that do not.
+    """
+    chosen, ends, missing = [], [], target
     left = sorted((block for block in order if savings[block] > 0), key=lambda block: order[block])
-    while missing > 0 and left:
-        block = left[0]
-        if savings[block] >= missing:  # of equal savings the lowest score: sorted is stable
-            block = min((b for b in left if savings[b] >= missing), key=lambda b: savings[b])
-        chosen.append(block)
-        left.remove(block)
-        missing -= savings[block]
-    if missing > 0:
+    while left:
+        enough = [block for block in left if savings[block] >= missing]
+        if left[0] in enough or ends:
+            ends += [[*chosen, min(enough, key=lambda b: savings[b])]] if enough else []  # min: of equal ones the lowest score
+            left = [block for block in left if block not in enough]
+        if left:
+            chosen.append(left.pop(0))
+            missing -= savings[chosen[-1]]
+    if not ends:
         raise ValueError(f"All submodules together save {target - missing:,.0f} parameters, {target:,.0f} are asked for.")
-    return chosen
+    return min(ends, key=lambda end: sum(savings[block] for block in end))
 
 
 def subfit(
