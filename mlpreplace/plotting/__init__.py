@@ -9,6 +9,7 @@ from .blocks import (
     selections,
     training_gain,
 )
+from .comparison import redundancy, speed_by_method, tasks_by_method
 from .models import (
     ablation,
     additivity,
