@@ -75,6 +75,7 @@ def tasks_by_method(rows: pd.DataFrame) -> Figure:
     axes.axvline(0, color="0.2", linewidth=1, linestyle=(0, (1, 2)))
     axes.set(xlabel="accuracy above chance ÷ dense (large: average of the tasks)")
     axes.set_yticks(y, methods)
+    axes.set_ylim(-0.6, len(methods) - 0.4)
     axes.grid(axis="y", linewidth=0.4, color="0.9")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
