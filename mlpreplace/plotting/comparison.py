@@ -38,11 +38,11 @@ def speed_by_method(rows: pd.DataFrame) -> Figure:
         axes.plot(rows[f"{phase}_ideal"], y, linestyle="", marker="|", markersize=11, color="0.1", label="ideal")
         _dots(axes, rows["method"], measured, y)
         axes.axvline(1, color="0.2", linewidth=1)
-        axes.set(title=phase, xlabel="speed-up over the dense model")
+        axes.set(title=phase, xlabel="speed-up")
         axes.xaxis.set_major_formatter("×{x:g}")
-    panels[0].legend(loc="lower right", fontsize=7, handletextpad=0.1)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center")
     _dots(panels[2], rows["method"], rows["kv_cache_fraction"], y)
-    panels[2].set(title="cache of keys and values", xlabel="share of the dense model's", xlim=(0, 1.08))
+    panels[2].set(title="KV cache", xlabel="share kept", xlim=(0, 1.08))
     panels[2].axvline(1, color="0.2", linewidth=1)
     panels[2].xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     panels[0].set_yticks(y, rows["method"])
@@ -85,13 +85,13 @@ def redundancy(rows: pd.DataFrame) -> Figure:
     """Attention against MLP by layer: how much a block changes the residual stream, and what a bypass in its place costs.
 
     Args:
-        rows: layer, kind ("attention" or "mlp"), magnitude, rotation, damage_per_million (nats per token and million
-            parameters saved).
+        rows: layer, kind ("attention" or "mlp"), magnitude and rotation (means over tokens), damage_per_million (nats per token
+            and million parameters saved).
     """
     panels_of = {
-        "magnitude": ("magnitude", "‖a‖ / ‖r‖, mean over tokens"),
-        "rotation": ("rotation", "1 − cos(r, r + a), mean over tokens"),
-        "damage_per_million": ("cost of a bypass", "nats per token and million saved"),
+        "magnitude": ("magnitude", "‖a‖ / ‖r‖"),
+        "rotation": ("rotation", "1 − cos(r, r + a)"),
+        "damage_per_million": ("cost of a bypass", "nats per million saved"),
     }
     figure, panels = plt.subplots(1, 3, figsize=(6.8, 2.6))
     for axes, (column, (title, label)) in zip(panels, panels_of.items(), strict=True):
