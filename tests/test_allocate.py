@@ -7,6 +7,8 @@ import pytest
 from conftest import HIDDEN, INTERMEDIATE, build, capture_quietly, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, allocate, compare, find_blocks, fit_all, narrow_widths, sparsity
+from mlpreplace.allocate import ATTENTION_PRICES
+from mlpreplace.damage import local_damage
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "milp"])
@@ -159,6 +161,39 @@ def test_the_search_takes_attention_too(captured):
     assert sparsity(model, plan) >= 0.6
 
 
+@pytest.fixture
+def both_kinds(captured):
+    """A model with candidates for its MLP and attention blocks, and the statistics of the MLPs."""
+    model, blocks, stats = captured
+    attention, of_attention = capture_quietly(model, random_windows(), "attention", moments=("input",))
+    candidates = fit_all(blocks, stats, [NarrowMLP(12), NarrowMLP(24), NarrowMLP(36)], progress=False)
+    return model, stats, candidates | fit_all(attention, of_attention, [Mean(), LowRank(4)], progress=False)
+
+
+@pytest.mark.parametrize("understated", [1, 2, 4])
+def test_the_price_of_attention_is_what_measured_kl_says(both_kinds, understated):
+    """Also where the damages of attention are said to be smaller than they are."""
+    model, stats, candidates = both_kinds
+    windows, damages = random_windows(4, seed=9), local_damage(candidates)
+    damages |= {b: [d / understated for d in of_block] for b, of_block in damages.items() if b.kind == "attention"}
+    plan = allocate(model, stats, 0.4, "joint", candidates=candidates, damages=damages, windows=windows)
+    plans = {"joint": plan}
+    for price in ATTENTION_PRICES:
+        priced = {b: [d * (price if b.kind == "attention" else 1) for d in of_block] for b, of_block in damages.items()}
+        plans[price] = allocate(model, stats, 0.4, "milp", candidates=candidates, damages=priced)
+    kl = {name: m.mean_kl for name, m in compare(model, plans, windows, progress=False).items()}
+    assert kl["joint"] == min(kl.values()) and sparsity(model, plan) >= 0.4
+    assert understated == 1 or len(set(kl.values())) > 1, "every price gave the same plan: nothing was chosen"
+
+
+def test_without_attention_there_is_no_price_to_find(both_kinds):
+    model, stats, candidates = both_kinds
+    mlps = {b: fitted for b, fitted in candidates.items() if b.kind == "mlp"}
+    options = dict(candidates=mlps, damages=local_damage(mlps))
+    joint = allocate(model, stats, 0.2, "joint", windows=random_windows(4), **options)
+    assert joint == allocate(model, stats, 0.2, "milp", **options)
+
+
 def test_widths_are_below_the_block(captured):
     _, blocks, _ = captured
     widths = [family.width for family in narrow_widths(blocks[0])]
@@ -180,6 +215,7 @@ def test_widths_are_below_the_block(captured):
         ({"strategy": "uniform", "family": Linear}, "takes NarrowMLP or LowRank, got Linear"),
         ({"strategy": "heuristic", "family": Mean}, "takes NarrowMLP or LowRank, got Mean"),
         ({"strategy": "search"}, "strategy='search' measures plans: pass windows="),
+        ({"strategy": "joint"}, "strategy='joint' measures plans: pass windows="),
     ],
 )
 def test_what_cannot_be_allocated(options, message, captured):

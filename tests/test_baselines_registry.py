@@ -1,12 +1,14 @@
 """Every method by name: what it removes, that it decodes alike with and without cache, what calibrate captures for it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import CAUSAL, random_windows, save_locally
 from layer_blocks import calibrated, deep
 from test_past import decoded, logits
 
-from mlpreplace import Linear, capture, find_blocks, load, load_model, save, sparsity, splice, spliced
+from mlpreplace import Linear, allocate, capture, find_blocks, load, load_model, save, sparsity, splice, spliced
 from mlpreplace.baselines import METHODS, Calibration, Method, calibrate
 from mlpreplace.blocks import block_parameters
 from mlpreplace.layers import layer_parameters, without_layers
@@ -133,6 +135,16 @@ def test_statistics_that_are_there_are_taken(llama):
     calibration = calibrate(llama, ids, [0.3], methods=["uniform"], blocks=stats, progress=False)
     assert calibration.blocks is stats
     assert sparsity(llama, METHODS["uniform"](llama, calibration, 0.3)) >= 0.3
+
+
+def test_the_allocation_measures_where_it_may(prepared):
+    """With validation windows it is the joint strategy, without the exact knapsack."""
+    model, calibration = prepared("llama")
+    choices = dict(candidates=calibration.candidates)
+    assert METHODS["allocated"](model, calibration, 0.4) == allocate(model, calibration.blocks, 0.4, "milp", **choices)
+    measured = replace(calibration, validation=random_windows(3, seed=8))
+    joint = allocate(model, calibration.blocks, 0.4, "joint", windows=measured.validation, **choices)
+    assert METHODS["allocated"](model, measured, 0.4) == joint
 
 
 def test_errors(llama):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..blocks import Block, block_parameters
 from ..capture import Statistics
@@ -26,6 +26,7 @@ class Calibration:
     blocks: Statistics = field(default_factory=dict)  # capture, of MLP and attention blocks
     candidates: Candidates = field(default_factory=dict)  # fitted replacements for the allocation to choose from
     damages: Damages | None = None  # what each candidate costs, second_order_damage for instance
+    validation: Tensor | None = None  # token ids [windows, seq_len] to measure plans on, never held-out ones
 
     def of_stream(self, model: nn.Module) -> StreamStatistics:
         """Raises ValueError where the stream was not captured, or that of a model with other layers."""
