@@ -22,7 +22,7 @@ from mlpreplace.plotting import (
     speed_by_method,
     tasks_by_method,
 )
-from mlpreplace.plotting.models import BASELINE_LOOKS, METHOD_LOOKS
+from mlpreplace.plotting.models import BASELINE_LOOKS, CEILING, METHOD_LOOKS
 
 DOMAINS = ("bundled/wiki", "bundled/speeches")
 
@@ -58,6 +58,14 @@ def test_the_frontier_draws_every_method_in_every_domain():
         part = rows[(rows["domain"] == domain) & (rows["method"] != "dense")]
         expected = {(round(x, 6), round(y, 6)) for x, y in zip(part["sparsity"], part["perplexity_ratio"], strict=True)}
         assert expected <= points(panel)
+
+
+def test_what_leaves_the_frontier_is_written_there():
+    rows = measured(["dense", "uidl", "subfit"])
+    rows.loc[(rows["method"] == "uidl") & (rows["domain"] == DOMAINS[1]), ["perplexity_ratio", "ci_low", "ci_high"]] = 432.1
+    first, second = pareto(rows).axes
+    assert not any("above" in t.get_text() for t in first.texts) and first.get_ylim()[1] == CEILING
+    assert [" ".join(t.get_text().split()) for t in second.texts][-1] == "above ×10, at most: uidl ×432"
 
 
 @pytest.mark.parametrize("methods", [METHOD_LOOKS, METHODS], ids=["allocations", "comparison"])

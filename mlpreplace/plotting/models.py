@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from itertools import cycle
 from typing import Any
@@ -133,8 +134,13 @@ BASELINE_LOOKS = METHOD_LOOKS | {  # the methods of mlpreplace.baselines
 }
 
 
+CEILING = 10  # of perplexity ratios that are drawn: beyond it a model is broken, and how badly is of little interest
+
+
 def pareto(rows: pd.DataFrame) -> Figure:
     """Perplexity ratio with its interval against sparsity, a panel a domain, a line a method; the dense model is 1.
+
+    Lines leave the panel above ×10; what they reach is written there.
 
     Args:
         rows: method, sparsity_achieved, domain, perplexity_ratio, ci_low, ci_high, tokens; method "dense" included.
@@ -156,8 +162,12 @@ def pareto(rows: pd.DataFrame) -> Figure:
         axes.set(yscale="log", title=domain, xlabel="sparsity (of attention and MLP parameters)")
         axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-        plain_log_ticks(axes.yaxis, "×%g", subs=(1, 1.5, 2, 3, 5, 7) if rows["ci_high"].max() < 10 else (1, 2, 5))
-        axes.set_ylim(0.85, 1.08 * rows["ci_high"].max())
+        plain_log_ticks(axes.yaxis, "×%g", subs=(1, 1.5, 2, 3, 5, 7))
+        axes.set_ylim(0.85, min(1.08 * rows["ci_high"].max(), CEILING))
+        beyond = part[part["perplexity_ratio"] > CEILING].groupby("method")["perplexity_ratio"].max().sort_values()
+        if len(beyond):
+            off = f"above ×{CEILING}, at most: " + ", ".join(f"{name} ×{ratio:.0f}" for name, ratio in beyond.items())
+            axes.text(0.02, 0.98, textwrap.fill(off, 34), transform=axes.transAxes, fontsize=6, color="0.35", va="top")
     panels[0][0].set_ylabel("perplexity ÷ dense perplexity")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, columnspacing=1)
     return figure
