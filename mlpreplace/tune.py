@@ -157,7 +157,7 @@ def losses(
 
 def with_rest(model: nn.Module, plan: Plan) -> dict[Block, Replacement]:
     """``plan``, and whatever else has weights in the model's layers as it is (:class:`~mlpreplace.layers.Tuned`): to train all
-    layers. Embeddings and head stay frozen. Nothing more is saved, and nothing less.
+    layers. Embeddings and head stay frozen, and BERT's norm behind the MLP. Nothing more is saved, and nothing less.
 
     Raises:
         ValueError: an encoder-decoder, of which ``{b: Replacement(Tuned(), b) for b in find_blocks(model)} | plan`` trains the

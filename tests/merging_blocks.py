@@ -8,6 +8,7 @@ import torch
 from conftest import build, noise, random_windows
 
 from mlpreplace import find_blocks, token_batches
+from mlpreplace.blocks import _parameters
 
 KINDS = ["llama", "gemma", "gpt2", "opt", "bert", "vit", "marian", "t5"]  # gated, with and without biases, every side
 SEQ2SEQ = ("marian", "t5")
@@ -52,9 +53,17 @@ def plant(block, like, order: torch.Tensor) -> None:
 def planted(name: str, first: int = 0, **changes):
     """A float64 model whose MLP ``first`` + 1 is MLP ``first`` with its units shuffled; of both stacks where there are two.
 
+    Layers add little to the stream, as in a trained model: the inputs of two neighbours, and so their units, are alike.
+
     Returns (model, its pairs of blocks, the orders).
     """
     model = build(name, **changes).double()
+    with torch.no_grad():
+        for block in find_blocks(model):
+            block.down.weight.mul_(0.2)
+        for block in find_blocks(model, "attention"):
+            for parameter in _parameters(block.modules):
+                parameter.mul_(0.4)
     stacks: dict[str, list] = {}
     for block in find_blocks(model):
         stacks.setdefault(block.stack, []).append(block)

@@ -102,7 +102,7 @@ def test_the_size_of_a_batch_does_not_matter(name):
 def test_the_order_of_a_planted_copy_is_found():
     for name in ("llama", "gpt2", "vit"):
         model, [[a, b]], [order] = planted(name)
-        _, units = captured(model, as_doubles(batches_for(name)))
+        _, units = captured(model, as_doubles(batches_for(name, 24)))
         assert torch.equal(order[match(units, a, b).order], torch.arange(48)), name
 
 
@@ -168,11 +168,11 @@ def test_errors():
         captured(model, [random_windows()])
     with pytest.raises(ValueError, match="of one length in a batch"):
         captured(model, [{"input_ids": random_windows(3), "attention_mask": torch.ones(2, 12)}])
-    with pytest.raises(ValueError, match=r"mask of its side is \(3, 9, 9\)"):
-        captured(model, [batches[0] | {"attention_mask": torch.ones(3, 9, 9)}])
     with pytest.raises(ValueError, match="at least 2 real tokens"):
         captured(build("gpt2"), token_batches(random_windows(1, 1)))
     llama, other = build("llama"), build("llama")
+    with pytest.raises(ValueError, match=r"given 36 tokens, the mask of its side is \(3, 1, 12, 12\)"):
+        captured(llama, [batches_for("llama")[0] | {"attention_mask": torch.zeros(3, 1, 12, 12)}])
     with pytest.raises(ValueError, match="was not run"):
         capture_units(llama, find_blocks(other), batches_for("llama"), progress=False)
     with pytest.raises(ValueError, match="not among the captured"):

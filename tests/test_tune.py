@@ -58,16 +58,17 @@ def test_a_merged_plan_learns_as_one(name):
     assert not any(p.requires_grad for p in bodies(tuned).parameters())
     assert [r.family for r in tuned.values()] == [r.family for r in plan.values()]
     found = losses(model, {"dense": {}, "before": plan, "after": tuned}, batches)
-    assert found["after"] == pytest.approx(report.validation_curve[report.best_check], rel=1e-5) < found["before"]
+    assert found["after"] == pytest.approx(report.validation_curve[report.best_check], rel=1e-5)
+    assert found["after"] < found["before"] == pytest.approx(report.validation_curve[0], rel=1e-5)
     assert losses(model, {"dense": {}}, unseen)["dense"] != found["dense"]
 
 
 def test_an_optimizer_step_keeps_all_layers_tied():
     """In the model that splice makes, in a deep copy of it, and in another precision."""
-    model = build("llama")
-    plan = merge_mlps(find_blocks(model))
     for change in (lambda m: m, copy.deepcopy, lambda m: m.to(torch.bfloat16), lambda m: copy.deepcopy(m).double()):
-        other = change(splice(model, copied(plan)))
+        model = build("llama")
+        plan = merge_mlps(find_blocks(model))
+        other = change(splice(model, plan))
         body, *rest = (other.get_submodule(b.name).body for b in plan)
         before = body.up.weight.detach().clone()
         other.requires_grad_(True)
@@ -130,7 +131,7 @@ def test_what_is_kept_is_tied_and_an_interrupted_run_ends_the_same(results, monk
         assert one_body(tuned) and equal(weights(bodies(undisturbed)), bodies(tuned))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
 def test_the_rest_of_the_layers_can_learn_as_well(name):
     model, batches = build(name), batches_for(name, labels=True)
     plan = merge_mlps(find_blocks(model)[:2])
