@@ -114,7 +114,7 @@ def test_the_match_is_the_best_of_all(name):
         model = build(name, seed, **sizes)
         (a, b, *_), units = captured(model, batches_for(name, seed=seed))
         correlation = units.correlations(a, b).sum(0)
-        sums = {order: correlation[range(5), list(order)].sum().item() for order in permutations(range(5))}
+        sums = {order: correlation[torch.arange(5), torch.tensor(order)].sum().item() for order in permutations(range(5))}
         assert tuple(match(units, a, b).order.tolist()) == max(sums, key=sums.__getitem__)
 
 
