@@ -4,7 +4,8 @@ Data flows one way: text → capture → fit → splice → evaluate → allocat
 """
 
 from .allocate import allocate, narrow_widths
-from .baselines import METHODS, Calibration, Method, calibrate
+from .baselines import METHODS, Calibration, Merged, Method, calibrate, drop_layers, drop_mlps, layers_worth, merge_mlps, slide
+from .batches import token_batches
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
 from .capture import BlockStatistics, Sample, capture, merge, sample
 from .damage import local_damage, measured_damage, second_order_damage
@@ -33,11 +34,13 @@ from .reports import Errors, FitReport, TrainingReport, loss_rows, report_rows
 from .results import result_rows
 from .sampling import sample_windows
 from .search import search
+from .similarity import Units, capture_units, cka_map, match
 from .speed import flops, ideal_speedup, latency, size_bytes, speed_rows
 from .splice import load, save, sparsity, splice, spliced
 from .stream import Span, capture_spans, capture_stream
 from .tasks import BUNDLED_TASKS, TaskResult, accuracy_retained, evaluate_tasks, task_rows
 from .texts import documents
 from .train import Training
+from .tune import Tuning, losses, tune, with_rest
 
 __version__ = "0.1.0"

@@ -6,7 +6,7 @@ the only place that knows model names; everything else works on :class:`Block`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -251,22 +251,30 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
 
 def block_parameters(model: nn.Module) -> int:
     """Parameters of all attention and MLP blocks: what sparsity is a share of."""
-    return sum(block.n_params for kind in KINDS for block in find_blocks(model, kind))
+    return _unseen(_parameters(_modules(model, *KINDS)), set())
+
+
+def _modules(model: nn.Module, *kinds: str) -> tuple[nn.Module, ...]:
+    return tuple(module for kind in kinds for block in find_blocks(model, kind) for module in block.modules)
+
+
+def _unseen(parameters: Iterable[Tensor], seen: set[int]) -> int:
+    """Size of those ``parameters`` that are not in ``seen``, and that are from then on: what is tied counts once."""
+    new = {id(p): p.numel() for p in parameters if id(p) not in seen}
+    seen.update(new)
+    return sum(new.values())
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters by part: mlp, attention, embedding (incl. positions; tied heads once), head (untied), other; and total."""
-    blocks = {kind: find_blocks(model, kind) for kind in KINDS}
-    parts = {kind: sum(b.n_params for b in found) for kind, found in blocks.items()}
+    """Parameters by part: mlp, attention, embedding (incl. positions), head (untied), other; and total. What is tied, a head
+    to the embedding or merged MLPs to one another, counts once.
+    """
+    seen: set[int] = set()
+    parts = {kind: _unseen(_parameters(_modules(model, kind)), seen) for kind in KINDS}
     # a T5 position bias is an Embedding inside an attention block: it is counted there already
-    seen = {id(p) for found in blocks.values() for b in found for p in _parameters(b.modules)}
-    embedding = 0
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            embedding += module.weight.numel()
+    embedding = _unseen((module.weight for module in model.modules() if isinstance(module, nn.Embedding)), seen)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    untied = 0 if head is None or id(head.weight) in seen else head.weight.numel()
+    untied = 0 if head is None else _unseen([head.weight], seen)
     total = sum(p.numel() for p in model.parameters())  # parameters() yields a tied tensor once
     other = total - sum(parts.values()) - embedding - untied
     return {**parts, "embedding": embedding, "head": untied, "other": other, "total": total}

@@ -9,44 +9,28 @@ probabilities and one bucket for the rest makes it affordable to keep them.
 
 from __future__ import annotations
 
-import copy
-import json
-import math
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .blocks import Block
 from .cache import Entry, fingerprint
-from .models import check_windows, eval_mode
+from .models import check_windows
 from .replacements import Replacement
 from .reports import TrainingReport
-from .splice import spliced
-from .train import TrainingState, learning_rate_at
+from .splice import copied
+from .tune import Course, Tuning, kept, learn, learning, sharing
 
 
 @dataclass(frozen=True)
-class Healing:
+class Healing(Tuning):
     """How to heal. Raises ValueError for values that make no sense."""
 
-    steps: int = 32
     batch_windows: int = 2
-    learning_rate: float = 3e-4  # of Adam, at the end of the warm-up; decays to zero along a half cosine
-    warmup: float = 0.1  # share of the steps
     top_k: int = 64  # of the dense model's probabilities; all others are one bucket
-    check_steps: int = 16  # between two looks at the validation windows
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_windows", "learning_rate", "top_k", "check_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected {name} > 0, got {getattr(self, name)}.")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"Expected 0 ≤ warmup < 1, got {self.warmup}.")
 
 
 @dataclass
@@ -122,45 +106,22 @@ def heal(
         raise ValueError("The plan is empty: there is nothing to heal.")
     for ids in (windows, validation):
         check_windows(ids, model)
-    healed = {block: copy.deepcopy(r) for block, r in plan.items()}
-    learners = nn.ModuleList(healed.values())
-    entry = checkpoint = None
-    if cached:
-        key = fingerprint(model, healed, windows, validation, how, seed)
-        entry, checkpoint = Entry("heal", "heal", key), Entry("heal", "healing", key)
-        if (stored := entry.load()) is not None:
-            record = json.loads(bytes(stored.pop("report").tolist()))
-            learners.load_state_dict(stored)
-            return healed, TrainingReport(**record)
-    frozen = {p: p.requires_grad for p in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        learners.requires_grad_(True)
-        with eval_mode(model):
-            report = _distil(model, healed, learners, windows, validation, how, seed, checkpoint, progress)
-    finally:
-        learners.requires_grad_(False)
-        for parameter, before in frozen.items():
-            parameter.requires_grad_(before)
-    if entry is not None:
-        text = torch.frombuffer(bytearray(json.dumps(asdict(report)).encode()), dtype=torch.uint8)
-        entry.save({**learners.state_dict(), "report": text})
-        checkpoint.path.unlink(missing_ok=True)
-    return healed, report
+    healed = copied(plan)
+
+    def distil(checkpoint: Entry | None) -> TrainingReport:
+        with learning(model, healed):
+            course = _course(model, windows, validation, how, seed, cached)
+            return learn(model, healed, course, how, checkpoint=checkpoint, progress=progress, name="kl")
+
+    if not cached:
+        return healed, distil(None)
+    return healed, kept("heal", fingerprint(model, healed, sharing(healed), windows, validation, how, seed), healed, distil)
 
 
-def _distil(
-    model: nn.Module,
-    healed: Mapping[Block, Replacement],
-    learners: nn.ModuleList,
-    windows: Tensor,
-    validation: Tensor,
-    how: Healing,
-    seed: int,
-    checkpoint: Entry | None,
-    progress: bool,
-) -> TrainingReport:
-    teacher, examiner = (_teach(model, ids, how, checkpoint is not None) for ids in (windows, validation))
+def _course(model: nn.Module, windows: Tensor, validation: Tensor, how: Healing, seed: int, cached: bool) -> Course:
+    teacher, examiner = (_teach(model, ids, how, cached) for ids in (windows, validation))
+    batch, seq_len = min(how.batch_windows, len(windows)), windows.shape[1]
+    per_epoch = len(windows) // batch
 
     def loss(ids: Tensor, lesson: _Teacher, items: Tensor | slice) -> Tensor:
         return lesson.kl(model(ids[items].to(model.device), use_cache=False).logits.float(), items)
@@ -170,32 +131,14 @@ def _distil(
         parts = [slice(i, i + how.batch_windows) for i in range(0, len(ids), how.batch_windows)]
         return float(np.average([loss(ids, lesson, part).item() for part in parts], weights=[len(ids[part]) for part in parts]))
 
-    state = TrainingState(learners)
-    batch, seq_len = min(how.batch_windows, len(windows)), windows.shape[1]
-    per_epoch = len(windows) // batch
-    start, losses, stopped = time.perf_counter(), [], "finished"
-    with spliced(model, healed), tqdm(total=how.steps, desc="heal", unit="step", disable=not progress, leave=False) as bar:
-        if checkpoint is None or not state.load(checkpoint):
-            state.record(0, examined(windows[:batch], teacher), examined(validation, examiner))
-        before = state.seconds
-        bar.update(state.step)
-        while state.step < how.steps:
-            epoch, turn = divmod(state.step, per_epoch)
-            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(windows)))
-            value = loss(windows, teacher, order[turn * batch : (turn + 1) * batch])
-            state.step_with(value, learning_rate_at(how.learning_rate, how.warmup, state.step, how.steps))
-            losses.append(value.item())
-            bar.update()
-            if state.step % how.check_steps and state.step < how.steps:
-                continue
-            checked = float(np.mean(losses)), examined(validation, examiner)
-            losses.clear()
-            if not all(math.isfinite(e) for e in checked):
-                stopped = "diverged"
-                break
-            state.record(state.step * batch * seq_len, *checked)
-            state.seconds = before + time.perf_counter() - start
-            bar.set_postfix(validation=f"{checked[1]:.4f}")
-            if checkpoint is not None:
-                state.save(checkpoint)
-    return state.finish("kl", before + time.perf_counter() - start, stopped)
+    def of_step(step: int) -> Tensor:
+        epoch, turn = divmod(step, per_epoch)
+        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(windows)))
+        return loss(windows, teacher, order[turn * batch : (turn + 1) * batch])
+
+    return Course(
+        of_step,
+        lambda step: step * batch * seq_len,
+        lambda: examined(windows[:batch], teacher),
+        lambda: examined(validation, examiner),
+    )

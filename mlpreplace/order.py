@@ -6,7 +6,6 @@ left. :func:`refit` solves its output weights again on that; :func:`rollback` ta
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -24,7 +23,7 @@ from .evaluate import compare
 from .knapsack import greedy
 from .models import check_windows, eval_mode
 from .replacements import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, Replacement, TwoLayerMLP
-from .splice import Plan, spliced
+from .splice import Plan, bodies, copied, removed_parameters, spliced
 from .walk import Pass, Walk, moved
 
 TARGETS = ("output", "stream")
@@ -113,8 +112,8 @@ def refit(
     if not ridge >= 0:
         raise ValueError(f"Expected ridge ≥ 0, got {ridge}.")
     check_windows(windows, model)
-    new = {block: copy.deepcopy(r) for block, r in plan.items()}
-    learners = nn.ModuleList(new.values())
+    new = copied(plan)
+    learners = bodies(new)
     if cached:
         entry = Entry("order", "refit", model, new, windows, towards, ridge, batch_size)
         if (stored := entry.load()) is not None:
@@ -256,18 +255,18 @@ def rollback(
     options = {block: [*candidates.get(block, ()), *([plan[block]] if block in plan else ())] for block in {**candidates, **plan}}
     damages = local_damage(options)
     damage = {r: d for block, fitted in options.items() for r, d in zip(fitted, damages[block], strict=True)}
-    best, target, history = dict(plan), _saved(plan), []
+    best, target, history = dict(plan), removed_parameters(plan), []
     how = dict(batch_size=batch_size, progress=progress)
     for number in range(rounds):
         without = {block: {b: r for b, r in best.items() if b != block} for block in best}
         measured = compare(model, {None: best, **without}, windows, **how)
         kl = measured.pop(None).mean_kl
-        worth = {block: (kl - m.mean_kl) / max(_saved({block: best[block]}), 1) for block, m in measured.items()}
+        worth = {block: (kl - m.mean_kl) / max(removed_parameters({block: best[block]}), 1) for block, m in measured.items()}
         proposals = {}
         for block in sorted(worth, key=worth.__getitem__, reverse=True):
             elsewhere = {other: fitted for other, fitted in candidates.items() if other != block}
             proposal = _saving_more(without[block], elsewhere, damage, target)
-            if _saved(proposal) >= target and len(proposals) < tries:
+            if removed_parameters(proposal) >= target and len(proposals) < tries:
                 proposals[block] = proposal
         kls = {block: m.mean_kl for block, m in compare(model, proposals, windows, **how).items()}
         chosen = min(kls, key=kls.__getitem__, default=None)
@@ -281,17 +280,13 @@ def rollback(
     return best, history
 
 
-def _saved(plan: Plan) -> int:
-    return sum(block.n_params - r.n_params for block, r in plan.items())
-
-
 def _saving_more(
     plan: Plan, candidates: Candidates, damage: Mapping[Replacement, float], target: int
 ) -> dict[Block, Replacement]:
     """``plan`` with smaller candidates until it saves ``target`` (or none is left), least added local damage first."""
-    saved = {block: _saved({block: plan[block]}) if block in plan else 0 for block in candidates}
+    saved = {block: removed_parameters({block: plan[block]}) if block in plan else 0 for block in candidates}
     smaller = {b: [r for r in fitted if b.n_params - r.n_params > saved[b]] for b, fitted in candidates.items()}
     savings = {b: [b.n_params - r.n_params - saved[b] for r in fitted] for b, fitted in smaller.items()}
     added = {b: [damage[r] - (damage[plan[b]] if b in plan else 0) for r in fitted] for b, fitted in smaller.items()}
-    choice = greedy(savings, added, target - _saved(plan))
+    choice = greedy(savings, added, target - removed_parameters(plan))
     return dict(plan) | {block: smaller[block][i] for block, i in choice.items()}

@@ -300,6 +300,7 @@ class Replacement(nn.Module):
 
     @property
     def n_params(self) -> int:
+        """Of this replacement alone, also where its body stands in other places, too."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ class Errors:
 class TrainingReport:
     """How a training went. The curves hold one value a check and begin at the closed form, before the first step."""
 
-    loss: str  # "mse", "cosine" or "both"
-    curve_tokens: list[int]  # tokens that had passed, each epoch counted
+    loss: str  # "mse", "cosine" or "both"; "kl" of a healing, of a tuning the name of its loss
+    curve_tokens: list[int]  # tokens that had passed, each epoch counted; of a tuning the items of its batches
     train_curve: list[float]  # mean objective since the check before; the first is of as many tokens at the start
     validation_curve: list[float]
     steps: int

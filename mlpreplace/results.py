@@ -8,7 +8,7 @@ from torch import nn
 
 from .evaluate import Measurement, perplexity_ratio
 from .reports import FitReport
-from .splice import Plan, sparsity
+from .splice import Plan, removed_parameters, sparsity
 
 Label = tuple[str, float]  # method, target sparsity
 
@@ -46,7 +46,7 @@ def result_rows(
                 "method": method,
                 "sparsity": target,
                 "sparsity_achieved": sparsity(model, plan),
-                "params_removed_of_total": sum(block.n_params - r.n_params for block, r in plan.items()) / total,
+                "params_removed_of_total": removed_parameters(plan) / total,
                 "blocks_replaced": len(plan),
                 "domain": domain,
                 "perplexity": m.perplexity,

@@ -23,7 +23,7 @@ from .blocks import KINDS, find_blocks
 from .evaluate import RESAMPLES
 from .hybrids import CausalAttention
 from .models import check_windows, eval_mode
-from .splice import replacements_of
+from .splice import bodies, replacements_of
 
 ROUNDS = 5
 DENSE = "dense"
@@ -69,20 +69,23 @@ def flops(model: nn.Module, new: int, past: int = 0) -> float:
 
 
 def bytes_read(model: nn.Module, cache_bytes: float = 0) -> float:
-    """Bytes that one decode step cannot but read: every weight that a token passes, LM head included, and the cache.
+    """Bytes that one decode step cannot but read: every weight that a token passes, LM head included, and the cache. A weight
+    that several layers share counts once: whether it is read again is the processor's cache to decide.
 
     Args:
         cache_bytes: of the keys and values of all sequences of the batch, see :class:`Latency`.
     """
-    return sum(share * t.numel() * t.element_size() for _, t, share in _passed(model)) + cache_bytes
+    return sum({id(t): share * t.numel() * t.element_size() for _, t, share in _passed(model)}.values()) + cache_bytes
 
 
 def _passed(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, float]]:
-    """(module, tensor, share of it that one token uses) of everything but embeddings, which are looked up."""
+    """(module, tensor, share of it that one token uses) of everything but embeddings, which are looked up; as often as a token
+    passes it.
+    """
     mixtures = [r for r in replacements_of(model).values() if r.n_active_params < r.n_params]
     shares = {module: r.n_active_params / r.n_params for r in mixtures for module in r.modules()}
     per_token = getattr(model.config, "num_experts_per_tok", None)
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Embedding):
             continue
         for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
@@ -274,5 +277,7 @@ def speed_rows(
 def _block_weights(model: nn.Module) -> int:
     """Parameters of all attention and MLP blocks, or of what stands in their place."""
     replacements = replacements_of(model)
-    blocks = [block for kind in KINDS for block in find_blocks(model, kind)]
-    return sum(replacements[b.name].n_params if b.name in replacements else b.n_params for b in blocks)
+    blocks = {block.name: block for kind in KINDS for block in find_blocks(model, kind)}
+    plan = {block: replacements[name] for name, block in blocks.items() if name in replacements}
+    left = sum(block.n_params for block in blocks.values() if block not in plan)
+    return left + sum(p.numel() for p in bodies(plan).parameters())

@@ -120,15 +120,31 @@ def replacements_of(model: nn.Module) -> dict[str, Replacement]:
     return {m.block_name: m for m in model.modules() if isinstance(m, Replacement)}
 
 
+def bodies(plan: Plan) -> nn.ModuleList:
+    """The modules that do the work in ``plan``, in its order; one that stands in several places is there once."""
+    return nn.ModuleList(list(dict.fromkeys(replacement.body for replacement in plan.values())))
+
+
+def copied(plan: Plan) -> dict[Block, Replacement]:
+    """A plan of its own; replacements that share a body share its copy."""
+    return dict(zip(plan, copy.deepcopy(list(plan.values())), strict=True))
+
+
+def removed_parameters(plan: Plan) -> int:
+    """Net parameters that ``plan`` removes. A body that stands in several places counts once against it."""
+    return sum(block.n_params for block in plan) - sum(p.numel() for p in bodies(plan).parameters())
+
+
 def sparsity(model: nn.Module, plan: Plan) -> float:
     """Net parameters removed ÷ parameters of all attention and MLP blocks of the dense ``model``."""
-    return sum(block.n_params - r.n_params for block, r in plan.items()) / block_parameters(model)
+    return removed_parameters(plan) / block_parameters(model)
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
     """Write the replacements of a spliced model: replacements.safetensors, and replacements.json that names the base.
 
-    Only what was replaced is written. The folder appears when it is whole and never overwrites another.
+    Only what was replaced is written, and a body that stands in several places once. The folder appears when it is whole and
+    never overwrites another.
 
     Raises:
         ValueError: nothing was spliced, or the base model's source is not known (it was not made by load_model).
@@ -143,22 +159,30 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         raise ValueError("The base model's source is not known. Load it with load_model, or set model.source = Source(id).")
     if folder.exists():
         raise FileExistsError(f"{folder} exists; choose a new folder.")
+    owners = {r.body: name for name, r in reversed(found.items())}  # the first place of each body
     record = {
         "base": source.as_dict(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "replacements": {
-            name: {**r.family.as_dict(), "report": asdict(r.report) if r.report else None} for name, r in found.items()
+            name: {**r.family.as_dict(), "report": asdict(r.report) if r.report else None, "body": owners[r.body]}
+            for name, r in found.items()
         },
     }
-    tensors = {f"{name}.{key}": t.contiguous() for name, r in found.items() for key, t in r.state_dict().items()}
+    owned = {name: found[name].state_dict() for name in owners.values()}
+    tensors = {f"{name}.{key}": t.contiguous() for name, state in owned.items() for key, t in state.items()}
     with whole_folder(folder) as whole:
         save_file(tensors, whole / "replacements.safetensors")
         (whole / "replacements.json").write_text(json.dumps(record, indent=2) + "\n")
     return folder
 
 
-def load(folder: str | Path, *, device: str = "auto") -> nn.Module:
-    """The model that :func:`save` wrote, its base loaded anew: the same logits, bit for bit on the same machine.
+def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = None) -> nn.Module:
+    """The model that :func:`save` wrote, its base loaded anew: the same logits, bit for bit on the same machine. What stood in
+    several places does so again.
+
+    Args:
+        base: the dense model, where :func:`~mlpreplace.models.load_model` cannot load it: it loads causal language models. Its
+            ``source`` and precision must be those it had when it was compressed. ``device`` is then the one it is on.
 
     Raises:
         FileNotFoundError: no replacements.json in ``folder``.
@@ -168,20 +192,26 @@ def load(folder: str | Path, *, device: str = "auto") -> nn.Module:
     if not (folder / "replacements.json").exists():
         raise FileNotFoundError(f"{folder} holds no replacements.json; expected a folder written by mlpreplace.save.")
     record = json.loads((folder / "replacements.json").read_text())
-    base = Source(**record["base"])
-    model, _ = load_model(base.id, revision=base.revision, device=device, dtype=getattr(torch, record["dtype"]))
-    if model.source != base:
-        raise ValueError(f"The base model differs: {folder} was made from {base}, found {model.source}.")
+    source, dtype, model = Source(**record["base"]), getattr(torch, record["dtype"]), base
+    if model is None:
+        model, _ = load_model(source.id, revision=source.revision, device=device, dtype=dtype)
+    if (found := getattr(model, "source", None)) != source:
+        raise ValueError(f"The base model differs: {folder} was made from {source}, found {found}.")
+    if model.dtype != dtype:
+        raise ValueError(f"The base model is in {model.dtype}, {folder} was made in {dtype}.")
     tensors = load_file(folder / "replacements.safetensors")
     blocks = {b.name: b for kind in ("mlp", "attention") for b in find_blocks(model, kind)}
     if record["replacements"].keys() - blocks.keys():
         blocks = layer_blocks(model) | blocks
     plan = {}
     for name, spec in record["replacements"].items():
-        report = spec.pop("report")
+        report, owner = spec.pop("report"), spec.pop("body", name)
         replacement = Replacement(Family.from_dict(spec), blocks[name])
-        state = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-        replacement.load_state_dict(state)
+        if owner == name:
+            state = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+            replacement.load_state_dict(state)
+        else:  # which was saved before
+            replacement.body = plan[blocks[owner]].body
         replacement.report = FitReport.from_dict(report) if report else None
         plan[blocks[name]] = replacement
     return splice(model, plan)

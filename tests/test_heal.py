@@ -105,7 +105,7 @@ def test_same_seed_same_bits_and_an_interrupted_run_ends_the_same(case, tmp_path
     again, after = heal(model, plan, windows, validation, HOW, seed=3, cached=True, progress=False)
     assert seen == [4, 8, 12]
     assert after.validation_curve == report.validation_curve
-    monkeypatch.setattr(import_module("mlpreplace.heal"), "_distil", lambda *a: pytest.fail("it was kept"))
+    monkeypatch.setattr(import_module("mlpreplace.heal"), "_course", lambda *a: pytest.fail("it was kept"))
     kept, record = heal(model, plan, windows, validation, HOW, seed=3, cached=True, progress=False)
     assert record == after
     for block in plan:

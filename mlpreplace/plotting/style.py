@@ -32,6 +32,7 @@ LOOKS = {
     "TransformerBlock": {"color": "#000000", "marker": "*", "linestyle": ":"},
     "Removed": {"color": "#661100", "marker": "p", "linestyle": ":"},
     "Tuned": {"color": "#332288", "marker": "d", "linestyle": "-"},
+    "Merged": {"color": "#AA4499", "marker": "H", "linestyle": "-"},
 }
 
 
