@@ -27,7 +27,12 @@ def token_batches(
         columns["attention_mask"] = mask.long()
     if labels:
         columns["labels"] = windows if mask is None else windows.masked_fill(~mask.bool(), IGNORED)
-    return [{name: t[i : i + batch_size] for name, t in columns.items()} for i in range(0, len(windows), batch_size)]
+    return split(columns, batch_size)
+
+
+def split(batch: Batch, batch_size: int) -> list[dict[str, Tensor]]:
+    """A large batch as batches of ``batch_size`` items, the last of what is left."""
+    return [{name: t[i : i + batch_size] for name, t in batch.items()} for i in range(0, items(batch), batch_size)]
 
 
 def on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
