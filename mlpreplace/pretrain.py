@@ -17,7 +17,7 @@ def pretrain(
     model: nn.Module,
     batches: Iterable[Batch],
     validation: Iterable[Batch],
-    how: Tuning = Tuning(),
+    how: Tuning,
     *,
     seed: int = 0,
     cached: bool = False,
