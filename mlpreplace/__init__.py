@@ -4,7 +4,19 @@ Data flows one way: text → capture → fit → splice → evaluate → allocat
 """
 
 from .allocate import allocate, narrow_widths
-from .baselines import METHODS, Calibration, Merged, Method, calibrate, drop_layers, drop_mlps, layers_worth, merge_mlps, slide
+from .baselines import (
+    METHODS,
+    Calibration,
+    Merged,
+    Method,
+    calibrate,
+    drop_layers,
+    drop_mlps,
+    layers_worth,
+    merge_mlps,
+    rivals,
+    slide,
+)
 from .batches import split, token_batches
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
 from .capture import BlockStatistics, Sample, capture, merge, sample
