@@ -79,6 +79,9 @@ def test_the_end_is_the_one_that_exceeds_the_target_least():
     assert lowest_first(order, savings, 17) == ["a", "b", "e"]
     assert lowest_first(order, savings, 18) == ["a", "b", "c"]
     assert lowest_first(order, savings, 20) == ["a", "b", "c", "e"]  # e in the place of d, which would make 23
+    large_first = {"a": 10, "b": 4, "c": 4}
+    assert lowest_first({k: order[k] for k in large_first}, large_first, 6) == ["b", "c"]  # 8 in the place of 10
+    assert lowest_first({k: order[k] for k in large_first}, large_first, 9) == ["a"]  # which b and c do not reach
     assert lowest_first(order, savings | {"a": -1}, 17) == ["b", "c", "d"]
     with pytest.raises(ValueError, match="save 25 parameters, 26 are asked for"):
         lowest_first(order, savings, 26)
