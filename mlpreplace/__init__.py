@@ -45,7 +45,7 @@ from .replacements import (
     ladder,
 )
 from .reports import Errors, FitReport, TrainingReport, loss_rows, report_rows
-from .results import result_rows
+from .results import result_rows, score_rows
 from .sampling import sample_windows
 from .search import search
 from .similarity import Units, capture_units, cka_map, match

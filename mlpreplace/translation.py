@@ -127,6 +127,7 @@ def small_marian(tokenizer, layers: int = 6, hidden: int = 64, *, seed: int = 0)
         vocab_size=len(tokenizer),
         max_position_embeddings=LONGEST,
         init_std=0.8 * hidden**-0.5,
+        scale_embedding=True,  # or positions, of the order of one, drown the words
         pad_token_id=pad,
         eos_token_id=end,
         decoder_start_token_id=pad,

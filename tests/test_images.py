@@ -1,4 +1,4 @@
-"""Digits are split without overlap, moved by one pixel, and classified: accuracy is a share of images."""
+"""Images of MNIST are split without overlap, moved, and classified: accuracy is a share of images."""
 
 from types import SimpleNamespace
 
@@ -8,31 +8,33 @@ from conftest import build, noise
 from merging_blocks import batches_for
 
 from mlpreplace import accuracy, drop_mlps, find_blocks, load_images, pretrain, shifted, small_vit, split
-from mlpreplace.images import BLACK, DIGITS
+from mlpreplace.images import BLACK, MNIST, PARTS
 from mlpreplace.tune import Tuning
 
 
-def test_digits_are_split_without_overlap():
-    parts = {name: load_images("digits", name) for name in DIGITS}
-    assert sum(len(p["labels"]) for p in parts.values()) == 1797
+def test_images_are_split_without_overlap():
+    parts = {name: load_images(MNIST, name) for name in PARTS}
+    assert sum(len(p["labels"]) for p in parts.values()) == 5000
     images = torch.cat([p["pixel_values"] for p in parts.values()])
-    assert images.shape[1:] == (1, 8, 8) and images.min() == BLACK and images.max() == 1
-    assert set(parts["test"]["labels"].tolist()) == set(range(10))
-    first = load_images("digits", "test", n=5)
+    assert images.shape[1:] == (1, 28, 28) and images.min() == BLACK and images.max() == 1
+    labels = torch.cat([p["labels"] for p in parts.values()])
+    assert labels.bincount().tolist() == [500] * 10  # of each digit
+    assert len(images.flatten(1).unique(dim=0)) == 5000  # none is in two parts
+    first = load_images(MNIST, "test", n=5)
     assert torch.equal(first["pixel_values"], parts["test"]["pixel_values"][:5])
 
 
 def test_bad_requests_for_images():
     with pytest.raises(ValueError, match="Unknown split 'dev'; expected one of train"):
-        load_images("digits", "dev")
+        load_images(MNIST, "dev")
     with pytest.raises(ValueError, match="Images of owner/name need the model's processor"):
         load_images("owner/name", "train")
 
 
-def test_shifted_images_move_by_one_pixel():
-    batch = load_images("digits", "test", n=2)
-    moved = shifted(batch)
-    assert moved["pixel_values"].shape == (18, 1, 8, 8) and torch.equal(moved["labels"], batch["labels"].repeat(9))
+def test_shifted_images_move():
+    batch = load_images(MNIST, "test", n=2)
+    moved = shifted(batch, by=1)
+    assert moved["pixel_values"].shape == (18, 1, 28, 28) and torch.equal(moved["labels"], batch["labels"].repeat(9))
     images, moved = batch["pixel_values"], moved["pixel_values"]
     assert torch.equal(moved[8:10], images)  # the middle of the nine
     assert torch.equal(moved[:2, :, 1:, 1:], images[..., :-1, :-1]) and (moved[:2, :, 0] == BLACK).all()
@@ -60,7 +62,7 @@ def test_accuracy_of_what_is_always_right():
 
 
 def test_a_small_vit_learns_and_is_kept(results):
-    train = load_images("digits", "train", n=32)
+    train = load_images(MNIST, "train", n=32)
     how = Tuning(steps=16, learning_rate=2e-3, check_steps=8)
     data = split(train, 16), split(train, 32)
     model, again = small_vit(2, 16), small_vit(2, 16)
