@@ -4,8 +4,20 @@ Data flows one way: text → capture → fit → splice → evaluate → allocat
 """
 
 from .allocate import allocate, narrow_widths
-from .baselines import METHODS, Calibration, Merged, Method, calibrate, drop_layers, drop_mlps, layers_worth, merge_mlps, slide
-from .batches import token_batches
+from .baselines import (
+    METHODS,
+    Calibration,
+    Merged,
+    Method,
+    calibrate,
+    drop_layers,
+    drop_mlps,
+    layers_worth,
+    merge_mlps,
+    rivals,
+    slide,
+)
+from .batches import split, token_batches
 from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
 from .capture import BlockStatistics, Sample, capture, merge, sample
 from .damage import local_damage, measured_damage, second_order_damage
@@ -14,9 +26,11 @@ from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity,
 from .fit import fit, fit_all
 from .heal import Healing, heal
 from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock
+from .images import accuracy, load_images, shifted, small_vit
 from .layers import Removed, Tuned, find_layers, without_layers
 from .models import Source, load_model, resolve_device
 from .order import refit, rollback
+from .pretrain import pretrain
 from .progressive import NestedMLP, narrowed, nest, set_sparsity
 from .quantize import quantized
 from .replacements import (
@@ -31,7 +45,7 @@ from .replacements import (
     ladder,
 )
 from .reports import Errors, FitReport, TrainingReport, loss_rows, report_rows
-from .results import result_rows
+from .results import result_rows, score_rows
 from .sampling import sample_windows
 from .search import search
 from .similarity import Units, capture_units, cka_map, match
@@ -41,6 +55,7 @@ from .stream import Span, capture_spans, capture_stream
 from .tasks import BUNDLED_TASKS, TaskResult, accuracy_retained, evaluate_tasks, task_rows
 from .texts import documents
 from .train import Training
+from .translation import bleu, encoded, load_pairs, number_tokenizer, small_marian, translate
 from .tune import Tuning, losses, tune, with_rest
 
 __version__ = "0.1.0"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+
+from .blocks import layer_lists
 
 Batch = Mapping[str, Tensor]  # {"pixel_values": …}, {"input_ids": …, "attention_mask": …, "labels": …}; the first axis is items
 
@@ -25,7 +27,12 @@ def token_batches(
         columns["attention_mask"] = mask.long()
     if labels:
         columns["labels"] = windows if mask is None else windows.masked_fill(~mask.bool(), IGNORED)
-    return [{name: t[i : i + batch_size] for name, t in columns.items()} for i in range(0, len(windows), batch_size)]
+    return split(columns, batch_size)
+
+
+def split(batch: Batch, batch_size: int) -> list[dict[str, Tensor]]:
+    """A large batch as batches of ``batch_size`` items, the last of what is left."""
+    return [{name: t[i : i + batch_size] for name, t in batch.items()} for i in range(0, items(batch), batch_size)]
 
 
 def on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
@@ -39,6 +46,28 @@ def items(batch: Batch) -> int:
     if len(sizes) != 1:
         raise ValueError(f"Expected tensors of one length in a batch, got {sorted(sizes) or 'none'} in {list(batch)}.")
     return sizes.pop()
+
+
+def is_seq2seq(model: nn.Module) -> bool:
+    return getattr(model.config, "is_encoder_decoder", False)
+
+
+def real_tokens(model: nn.Module, stack: str, batch: Batch) -> Tensor | None:
+    """Which tokens of a stack of ``model`` are real, [batch, seq_len]; None where the batch says nothing about it."""
+    if not is_seq2seq(model) or stack != layer_lists(model)[-1][1]:
+        return batch.get("attention_mask")
+    if "decoder_attention_mask" not in batch and "labels" in batch:  # of which the model makes the decoder's inputs
+        return batch["labels"] != IGNORED
+    return batch.get("decoder_attention_mask")
+
+
+def through_layers(model: nn.Module) -> Callable[[Batch], object]:
+    """Runs a batch through all layers, and through the head only of an encoder-decoder: it makes the decoder's inputs of
+    labels.
+    """
+    forward, unread = (model, ()) if is_seq2seq(model) else (getattr(model, "base_model", model), ("labels",))
+    options = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    return lambda batch: forward(**options, **{name: t for name, t in batch.items() if name not in unread})
 
 
 def check_batches(batches: list[Batch], name: str = "batches") -> None:

@@ -7,7 +7,7 @@ earlier tokens can be fitted and tested on the same sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .batches import Batch, is_seq2seq, items, on_device, real_tokens, through_layers
 from .blocks import Block
 from .cache import Entry
 from .models import check_windows, eval_mode
@@ -96,7 +97,7 @@ class _Collector:
         self.statistics, self.moments = statistics, moments
         self.keep: Tensor | None = None  # [batch, seq_len] real tokens
         self.part: str | None = "train"  # "train", "validation", or None for a batch that only enters the moments
-        self.shape: torch.Size | None = None  # [batch, seq_len]
+        self.shape: torch.Size | None = None  # [batch, seq_len], where the batch says so
         self.x: Tensor | None = None
 
     @property
@@ -105,7 +106,7 @@ class _Collector:
 
     def windows(self, hidden: Tensor) -> Tensor:
         """[batch, seq_len, width], also where a layer flattens its tokens (OPT)."""
-        return hidden.reshape(*self.shape, hidden.shape[-1])
+        return hidden if self.shape is None else hidden.reshape(*self.shape, hidden.shape[-1])
 
     def flat(self, hidden: Tensor) -> Tensor:
         rows = hidden if self.keep is None else hidden[self.keep]
@@ -169,7 +170,7 @@ def _hooks(collectors: dict[Block, _Collector]):
 def capture(
     model: nn.Module,
     blocks: Iterable[Block],
-    windows: Tensor,
+    windows: Tensor | Batch,
     mask: Tensor | None = None,
     *,
     moments: Collection[str] = DEFAULT_MOMENTS,
@@ -184,8 +185,10 @@ def capture(
     Args:
         model: the dense model; it is put into eval mode for the pass and left as it was.
         blocks: from :func:`~mlpreplace.blocks.find_blocks`; any number of them, one pass all the same.
-        windows: token ids [windows, seq_len].
-        mask: True (or 1) where a token is real, [windows, seq_len]; padding enters no moment and no error.
+        windows: token ids [windows, seq_len]; or one large batch of any model's inputs, {"pixel_values": …} or {"input_ids": …,
+            "attention_mask": …, "labels": …}, whose items are what is called windows here.
+        mask: True (or 1) where a token is real, [windows, seq_len]; padding enters no moment and no error. A batch has its own
+            masks, as :func:`~mlpreplace.similarity.capture_units` reads them.
         moments: "input" (XᵀX, XᵀY: Linear, LowRank), "hidden" (HᵀH: NarrowMLP, the expensive one) and "cross" (HᵀX:
             NarrowPlusLinear, with the other two). A block without neurons has an input moment only.
         validation_windows: that many last windows enter no moment and measure the error of fits on unseen tokens.
@@ -197,17 +200,18 @@ def capture(
         {block: BlockStatistics}; memory depends on the windows sampled, not on their number in all.
 
     Raises:
-        ValueError: unknown moment, no window left to fit on, a sequence longer than the model's context, or an
-            activation that is not finite (with the name of the block).
+        ValueError: unknown moment, no window left to fit on, a sequence longer than the model's context, a mask beside a
+            batch, or an activation that is not finite (with the name of the block).
     """
     blocks = list(blocks)
-    check_windows(windows, model, mask)
+    whole = _whole(model, windows, mask)
+    n_windows = items(whole)
     unknown = set(moments) - set(MOMENTS)
     if unknown:
         raise ValueError(f"Unknown moments {sorted(unknown)}; expected some of {tuple(MOMENTS)}.")
-    n_fit = len(windows) - validation_windows
+    n_fit = n_windows - validation_windows
     if n_fit < 1:
-        raise ValueError(f"{len(windows)} windows minus validation_windows={validation_windows} leave none to fit on.")
+        raise ValueError(f"{n_windows} windows minus validation_windows={validation_windows} leave none to fit on.")
     sample_windows = n_fit if sample_windows is None else min(sample_windows, n_fit)
     if cached:
         options = set(moments), validation_windows, sample_windows, batch_size
@@ -217,21 +221,22 @@ def capture(
 
     statistics = {block: BlockStatistics() for block in blocks}
     collectors = {block: _Collector(s, moments) for block, s in statistics.items()}
-    forward = _backbone(model)
-    device = next(model.parameters()).device
+    forward = through_layers(model)
+    masks = {stack: real_tokens(model, stack, whole) for stack in {block.stack for block in blocks}}
     # sampled windows run in batches of their own, so that a batch is sampled whole or not at all
-    parts = [("train", 0, sample_windows), (None, sample_windows, n_fit), ("validation", n_fit, len(windows))]
+    parts = [("train", 0, sample_windows), (None, sample_windows, n_fit), ("validation", n_fit, n_windows)]
     batches = [(p, i, min(i + batch_size, end)) for p, start, end in parts for i in range(start, end, batch_size)]
 
     with eval_mode(model), _hooks(collectors), torch.inference_mode():
         for part, start, end in tqdm(batches, desc="capture", unit="batch", disable=not progress, leave=False):
-            ids = windows[start:end].to(device)
-            keep = None if mask is None else mask[start:end].to(device).bool()
-            for c in collectors.values():
-                c.keep, c.shape, c.part = keep, ids.shape, part
-            forward(ids, keep)
+            batch = on_device({name: t[start:end] for name, t in whole.items()}, model)
+            for block, c in collectors.items():
+                real = real_tokens(model, block.stack, batch)
+                c.keep, c.part = None if real is None else real.bool(), part
+                c.shape = _shape(model, batch, real)
+            forward(batch)
     for block, s in statistics.items():
-        _finish(block, s, mask, {"train": (0, sample_windows), "validation": (n_fit, len(windows))})
+        _finish(block, s, masks[block.stack], {"train": (0, sample_windows), "validation": (n_fit, n_windows)})
     if cached:
         entry.save(_flatten(statistics))
     return statistics
@@ -306,11 +311,26 @@ def _unflatten(blocks: list[Block], flat: dict[str, Tensor]) -> Statistics:
     return statistics
 
 
+def _whole(model: nn.Module, windows: Tensor | Batch, mask: Tensor | None) -> Batch:
+    if isinstance(windows, Mapping):
+        if mask is not None:
+            raise ValueError("A batch has masks of its own, attention_mask and decoder_attention_mask: expected no other.")
+        return windows
+    check_windows(windows, model, mask)
+    return {"input_ids": windows} | ({} if mask is None else {"attention_mask": mask.long()})
+
+
+def _shape(model: nn.Module, batch: Batch, real: Tensor | None) -> torch.Size | None:
+    """[batch, seq_len] of what a block is given; None where only the block itself can tell: patches of an image."""
+    if real is not None:
+        return real.shape
+    return batch["input_ids"].shape if "input_ids" in batch and not is_seq2seq(model) else None
+
+
 def _backbone(model: nn.Module) -> Callable[[Tensor, Tensor | None], object]:
-    """The model without its LM head: no block depends on the logits, and they are the largest product of the pass."""
-    base = getattr(model, "base_model", model)
-    causal = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
-    return lambda ids, keep: base(ids, attention_mask=None if keep is None else keep.long(), **causal)
+    """The model without its LM head, of token ids and a mask [batch, seq_len]."""
+    forward = through_layers(model)
+    return lambda ids, keep: forward({"input_ids": ids} | ({} if keep is None else {"attention_mask": keep.long()}))
 
 
 def _finish(block: Block, s: BlockStatistics, mask: Tensor | None, spans: dict[str, tuple[int, int]]) -> None:

@@ -21,7 +21,7 @@ from .cache import Entry, fingerprint
 from .models import check_windows
 from .replacements import Replacement
 from .reports import TrainingReport
-from .splice import copied
+from .splice import bodies, copied
 from .tune import Course, Tuning, kept, learn, learning, sharing
 
 
@@ -115,7 +115,9 @@ def heal(
 
     if not cached:
         return healed, distil(None)
-    return healed, kept("heal", fingerprint(model, healed, sharing(healed), windows, validation, how, seed), healed, distil)
+    return healed, kept(
+        "heal", fingerprint(model, healed, sharing(healed), windows, validation, how, seed), bodies(healed), distil
+    )
 
 
 def _course(model: nn.Module, windows: Tensor, validation: Tensor, how: Healing, seed: int, cached: bool) -> Course:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from .evaluate import Measurement, perplexity_ratio
+from .blocks import Block, block_parameters
+from .evaluate import Estimate, Measurement, perplexity_ratio
 from .reports import FitReport
 from .splice import Plan, removed_parameters, sparsity
 
 Label = tuple[str, float]  # method, target sparsity
+Sharing = tuple[str, float, bool]  # method, share of the blocks that is to be saved, whether it was tuned
 
 
 def _seconds(report: FitReport) -> float:
@@ -56,6 +58,57 @@ def result_rows(
                 "kl": None if m.kl is None else m.mean_kl,
                 "tokens": m.n_tokens,
                 "fit_seconds": sum(_seconds(r.report) for r in plan.values() if r.report),
+            }
+        )
+    return rows
+
+
+def score_rows(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    plans: Mapping[Sharing, Plan],
+    scores: Mapping[Sharing, Estimate],
+    *,
+    task: str,
+    domain: str,
+    measure: str,
+) -> list[dict]:
+    """One record a plan of any model, whatever it is measured by.
+
+    Args:
+        blocks: of which a share is to be saved.
+        plans: {(method, share, tuned): plan}.
+        scores: of the same plans.
+        task, domain, measure: what the model is for, on which data, and what ``scores`` are.
+
+    Returns:
+        Records with task, domain, method, saved, tuned, sparsity (``saved`` as a share of all attention and MLP parameters),
+        sparsity_achieved, params_removed_of_total, measure, score with its 95 % interval ci_low, ci_high, and tokens (images and
+        sentences are as good).
+
+    Raises:
+        KeyError: a plan that was not scored.
+    """
+    total, parts = sum(p.numel() for p in model.parameters()), block_parameters(model)
+    share = sum(block.n_params for block in blocks) / parts
+    rows = []
+    for (method, saved, tuned), plan in plans.items():
+        score, removed = scores[method, saved, tuned], removed_parameters(plan)
+        rows.append(
+            {
+                "task": task,
+                "domain": domain,
+                "method": method,
+                "saved": saved,
+                "tuned": tuned,
+                "sparsity": saved * share,
+                "sparsity_achieved": removed / parts,
+                "params_removed_of_total": removed / total,
+                "measure": measure,
+                "score": score.value,
+                "ci_low": score.low,
+                "ci_high": score.high,
+                "tokens": score.tokens,
             }
         )
     return rows

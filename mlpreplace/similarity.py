@@ -19,8 +19,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import IGNORED, Batch, check_batches, on_device
-from .blocks import Block, layer_lists
+from .batches import Batch, check_batches, on_device, real_tokens, through_layers
+from .blocks import Block
 from .cache import Entry
 from .models import eval_mode
 
@@ -75,19 +75,6 @@ def projections(block: Block) -> list[Tensor]:
     return [w.double() for w in (weights.gate, weights.up) if w is not None]
 
 
-def _seq2seq(model: nn.Module) -> bool:
-    return getattr(model.config, "is_encoder_decoder", False)
-
-
-def _real(model: nn.Module, stack: str, batch: Batch) -> Tensor | None:
-    """Which tokens of a stack are real, [batch, seq_len]; None where the batch says nothing about it."""
-    if not _seq2seq(model) or stack != layer_lists(model)[-1][1]:
-        return batch.get("attention_mask")
-    if "decoder_attention_mask" not in batch and "labels" in batch:  # of which the model makes the decoder's inputs
-        return batch["labels"] != IGNORED
-    return batch.get("decoder_attention_mask")
-
-
 @contextmanager
 def _inputs(blocks: Iterable[Block]) -> Iterator[dict[Block, Tensor]]:
     """What the last call gave each block, [tokens, hidden]."""
@@ -136,14 +123,12 @@ def capture_units(
         entry = Entry("similarity", "units", model, blocks, batches)
         if (stored := entry.load()) is not None:
             return Units({block: stored[block.name].to(block.device) for block in blocks})
-    # only an encoder-decoder's head has work to do: it makes the decoder's inputs of labels
-    forward, unread = (model, ()) if _seq2seq(model) else (getattr(model, "base_model", model), ("labels",))
-    options = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    forward = through_layers(model)
     parts: dict[Block, list[Tensor]] = {block: [] for block in blocks}
     with eval_mode(model), torch.no_grad(), _inputs(blocks) as seen:
         for batch in tqdm(batches, desc="units", unit="batch", disable=not progress, leave=False):
             batch = on_device(batch, model)
-            forward(**options, **{name: value for name, value in batch.items() if name not in unread})
+            forward(batch)
             for block in blocks:
                 parts[block].append(_rows(model, block, batch, seen))
             seen.clear()
@@ -157,7 +142,7 @@ def _rows(model: nn.Module, block: Block, batch: Batch, seen: dict[Block, Tensor
     """Real tokens [tokens, hidden] in at least float32."""
     if block not in seen:
         raise ValueError(f"{block.name} was not run: the blocks are of another model.")
-    x, real = seen[block], _real(model, block.stack, batch)
+    x, real = seen[block], real_tokens(model, block.stack, batch)
     if real is not None and (real.dim() != 2 or real.numel() != len(x)):
         raise ValueError(
             f"{block.name} is given {len(x)} tokens, the mask of its side is {tuple(real.shape)}: expected [batch, seq_len]."

@@ -100,6 +100,20 @@ def tune(
     if cached and loss is not own_loss:
         raise ValueError("A result is kept by the content of what made it, and a loss(model, batch) has none: cached=False.")
     batches, validation = list(batches), list(validation)
+    course = lessons(model, batches, validation, loss, seed)
+    tuned, name = copied(plan), getattr(loss, "__name__", "loss")
+
+    def train(checkpoint: Entry | None) -> TrainingReport:
+        with learning(model, tuned):
+            return learn(model, tuned, course, how, checkpoint=checkpoint, progress=progress, name=name)
+
+    if not cached:
+        return tuned, train(None)
+    return tuned, kept("tune", fingerprint(model, tuned, sharing(tuned), batches, validation, how, seed), bodies(tuned), train)
+
+
+def lessons(model: nn.Module, batches: list[Batch], validation: list[Batch], loss: Loss, seed: int) -> Course:
+    """One batch a step, in random order, again and again if need be. Raises ValueError where there are no batches."""
     check_batches(batches)
     check_batches(validation, "validation batches")
     sizes = np.array([items(batch) for batch in batches])
@@ -115,16 +129,7 @@ def tune(
         epoch, turn = divmod(step, len(batches))
         return loss(model, on_device(batches[order(epoch)[turn]], model))
 
-    course = Course(of_step, seen, lambda: _mean(model, batches[:1], loss), lambda: _mean(model, validation, loss))
-    tuned, name = copied(plan), getattr(loss, "__name__", "loss")
-
-    def train(checkpoint: Entry | None) -> TrainingReport:
-        with learning(model, tuned):
-            return learn(model, tuned, course, how, checkpoint=checkpoint, progress=progress, name=name)
-
-    if not cached:
-        return tuned, train(None)
-    return tuned, kept("tune", fingerprint(model, tuned, sharing(tuned), batches, validation, how, seed), tuned, train)
+    return Course(of_step, seen, lambda: _mean(model, batches[:1], loss), lambda: _mean(model, validation, loss))
 
 
 @torch.no_grad()
@@ -175,9 +180,9 @@ def sharing(plan: Plan) -> list[int]:
     return [places.index(replacement.body) for replacement in plan.values()]
 
 
-def kept(name: str, key: str, plan: Plan, train: Callable[[Entry], TrainingReport]) -> TrainingReport:
-    """Train ``plan`` in place, or take from disk what training it with the same ``key`` came to."""
-    learners, entry, checkpoint = bodies(plan), Entry(name, name, key), Entry(name, f"{name}-checkpoint", key)
+def kept(name: str, key: str, learners: nn.Module, train: Callable[[Entry], TrainingReport]) -> TrainingReport:
+    """Train ``learners`` in place, or take from disk what training them with the same ``key`` came to."""
+    entry, checkpoint = Entry(name, name, key), Entry(name, f"{name}-checkpoint", key)
     if (stored := entry.load()) is not None:
         record = json.loads(bytes(stored.pop("report").tolist()))
         learners.load_state_dict(stored)
@@ -222,8 +227,16 @@ def learn(
         checkpoint: where to keep the state of every check, to go on from after an interruption.
         name: of the loss in the report, and of the progress bar.
     """
-    state, start, recent, stopped = TrainingState(bodies(plan)), time.perf_counter(), [], "finished"
-    with spliced(model, plan), tqdm(total=how.steps, desc=name, unit="step", disable=not progress, leave=False) as bar:
+    with spliced(model, plan):
+        return follow(bodies(plan), course, how, checkpoint=checkpoint, progress=progress, name=name)
+
+
+def follow(
+    learners: nn.Module, course: Course, how: Tuning, *, checkpoint: Entry | None, progress: bool, name: str
+) -> TrainingReport:
+    """Train the parameters of ``learners`` in place and leave them at their best check; arguments as for :func:`learn`."""
+    state, start, recent, stopped = TrainingState(learners), time.perf_counter(), [], "finished"
+    with tqdm(total=how.steps, desc=name, unit="step", disable=not progress, leave=False) as bar:
         if checkpoint is None or not state.load(checkpoint):
             state.record(0, course.start(), course.validation())
         before = state.seconds

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from mlpreplace import (
     Merged,
     Source,
+    capture,
     capture_units,
     compare,
     count_parameters,
@@ -29,6 +30,7 @@ from mlpreplace import (
     merge_mlps,
     quantized,
     result_rows,
+    rivals,
     save,
     size_bytes,
     slide,
@@ -40,7 +42,7 @@ from mlpreplace import (
 from mlpreplace.baselines import windows_of
 from mlpreplace.blocks import block_parameters
 from mlpreplace.speed import Latency, bytes_read
-from mlpreplace.splice import bodies, replacements_of
+from mlpreplace.splice import bodies, removed_parameters, replacements_of
 
 
 def units_of(model, name, **options):
@@ -233,6 +235,32 @@ def test_windows_never_cross_stacks():
             assert {b.stack for b in window} == {stack} and [b.layer for b in window] == list(range(start, start + k))
     with pytest.raises(ValueError, match="different stacks"):
         merge_mlps(blocks[2:4])
+
+
+def test_starts_may_be_some_layers_apart(llama):
+    blocks = find_blocks(llama)
+    assert [start for _, start in windows_of(blocks, 2, every=2)] == [0]
+    assert [start for _, start in windows_of(blocks, 1, every=2)] == [0, 2]
+    with pytest.raises(ValueError, match="Expected every ≥ 1, got 0"):
+        windows_of(blocks, 2, every=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "marian"])
+def test_rivals_save_as_many_parameters(name):
+    model, batches = build(name), batches_for(name, labels=True)
+    blocks = [b for b in find_blocks(model) if b.stack == find_blocks(model)[0].stack]
+    (whole,) = batches_for(name, batch_size=6, labels=True)
+    stats = capture(model, blocks, whole, validation_windows=2, progress=False)
+    score = partial(losses, model, batches=batches)
+    units = capture_units(model, blocks, batches, progress=False)
+    plans, records = rivals(model, blocks, 2, units, stats, score, whole_layers=name != "marian")
+    saved = {method: removed_parameters(plan) for method, plan in plans.items()}
+    assert list(plans) == ["merged", "unpermuted", "dropped", "replaced"]
+    assert saved["merged"] == saved["unpermuted"] <= saved["replaced"] < 1.1 * saved["merged"]
+    assert sum(record["best"] for record in records) == 3
+    assert {record["method"] for record in records} == {"merged", "unpermuted", "dropped"}
+    with pytest.raises(ValueError, match="is not in the statistics"):
+        rivals(model, blocks, 2, units, {}, score)
 
 
 def test_ties_go_to_the_first_and_nan_to_none():

@@ -1,11 +1,14 @@
 """Streaming moments against a float64 reference over stored activations, and what a capture leaves behind: nothing."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from conftest import HIDDEN, INTERMEDIATE, READS_TOKENS, activations, build, capture_quietly, fail_after, random_windows
+from merging_blocks import batches_for, real_tokens
 from torch.testing import assert_close
 
-from mlpreplace import capture, find_blocks, merge, sample
+from mlpreplace import NarrowMLP, capture, find_blocks, fit, merge, sample
 from mlpreplace.capture import MOMENTS, SUMS
 
 
@@ -106,6 +109,51 @@ def test_validation_windows_are_in_no_moment(llama, windows):
     for block in blocks:
         assert all(torch.equal(getattr(statistics[block], name), getattr(again[block], name)) for name in SUMS)
         assert not torch.equal(statistics[block].validation.x, again[block].validation.x)
+
+
+@pytest.mark.parametrize("name", ["vit", "marian", "t5", "llama"])
+def test_batches_of_any_inputs_are_captured(name):
+    """Images, and both sides of a translation, which differ in length and padding; the last items are in no moment."""
+    (batch,) = batches_for(name, n=6, batch_size=6)
+    if name == "marian":
+        batch |= {"attention_mask": real_tokens(6, 9), "decoder_attention_mask": real_tokens(6, 7)}
+    model = build(name)
+    blocks, statistics = capture_quietly(model, batch, moments=MOMENTS, batch_size=3)
+    for block in blocks:
+        mask = {"model.encoder.layers": "attention_mask", "model.decoder.layers": "decoder_attention_mask"}.get(block.stack)
+        real = batch.get(mask, torch.ones(6, len(statistics[block].train.x[0])).bool())
+        first = {k: t[:4] for k, t in batch.items()}
+        assert_moments(statistics[block], stored(model, block, first, real[:4]))
+        assert torch.equal(statistics[block].train.mask, real[:2]) and torch.equal(statistics[block].validation.mask, real[4:])
+
+
+def stored(model, block, batch, real) -> dict[str, torch.Tensor]:
+    """Reference moments of a batch that the model itself reads."""
+    seen = {}
+    with ExitStack() as stack, torch.no_grad():
+        hooks = [
+            block.modules[0].register_forward_pre_hook(lambda module, args: seen.update(x=args[0])),
+            block.modules[-1].register_forward_hook(lambda module, args, output: seen.update(y=output)),
+            block.down.register_forward_pre_hook(lambda module, args: seen.update(h=args[0])),
+        ]
+        for hook in hooks:
+            stack.callback(hook.remove)
+        model(**batch)
+    x, y, h = (seen[name].double()[real] for name in "xyh")
+    return {"sum_x": x.sum(0), "sum_y": y.sum(0), "sum_h": h.sum(0), "xx": x.T @ x, "xy": x.T @ y, "hh": h.T @ h, "hx": h.T @ x}
+
+
+def test_a_batch_has_its_own_masks(llama, windows):
+    with pytest.raises(ValueError, match="A batch has masks of its own"):
+        capture(llama, find_blocks(llama), {"input_ids": windows}, torch.ones_like(windows))
+
+
+def test_images_are_fitted_like_text():
+    """A whole NarrowMLP is the block itself, up to the ridge."""
+    (batch,) = batches_for("vit", n=6, batch_size=6)
+    blocks, statistics = capture_quietly(build("vit"), batch)
+    small = fit(blocks[0], statistics, NarrowMLP(width=INTERMEDIATE))
+    assert small.report.validation.pooled < 1e-4
 
 
 def right_padded(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

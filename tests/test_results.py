@@ -3,8 +3,8 @@
 import pytest
 from conftest import capture_quietly, random_windows
 
-from mlpreplace import NarrowMLP, Training, compare, fit, perplexity_ratio, splice
-from mlpreplace.results import result_rows
+from mlpreplace import Estimate, NarrowMLP, Training, compare, drop_mlps, fit, perplexity_ratio, splice
+from mlpreplace.results import result_rows, score_rows
 
 COMMON = {
     "method", "sparsity", "sparsity_achieved", "params_removed_of_total", "domain", "perplexity", "perplexity_ratio",
@@ -52,3 +52,20 @@ def test_there_is_one_dense_model(captured, plans):
     measured = compare(model, plans, random_windows(2), progress=False)
     with pytest.raises(ValueError, match="one empty plan"):
         result_rows(model, {("narrow", 0.2): plans["narrow", 0.2]}, measured, "somewhere")
+
+
+def test_rows_of_scores_hold_what_was_to_be_saved_and_what_was(captured):
+    model, blocks, _ = captured
+    saved = 1 / len(blocks)
+    plans = {("dense", 0.0, False): {}, ("dropped", saved, True): drop_mlps(blocks[:1])}
+    scores = {key: Estimate(0.9, 0.8, 1.0, 7) for key in plans}
+    about = {"task": "vision", "domain": "somewhere", "measure": "accuracy"}
+    dense, dropped = score_rows(model, blocks, plans, scores, **about)
+    assert dense | about == dense and set(dense) == set(dropped)
+    assert (dense["sparsity"], dense["sparsity_achieved"]) == (0, 0) and (dense["score"], dense["tokens"]) == (0.9, 7)
+    assert dropped["sparsity"] == pytest.approx(dropped["sparsity_achieved"])  # blocks of equal size
+    of_total = blocks[0].n_params / sum(p.numel() for p in model.parameters())
+    assert dropped["params_removed_of_total"] == pytest.approx(of_total)
+    assert (dropped["method"], dropped["saved"], dropped["tuned"]) == ("dropped", saved, True)
+    with pytest.raises(KeyError):
+        score_rows(model, blocks, plans, {}, **about)

@@ -4,7 +4,7 @@ allocation does.
 """
 
 from .calibration import Calibration
-from .ff_merging import Merged, drop_layers, drop_mlps, layers_worth, merge_mlps, slide, windows_of
+from .ff_merging import Merged, drop_layers, drop_mlps, layers_worth, merge_mlps, rivals, slide, windows_of
 from .layer_drop import drop, shortgpt, uidl
 from .registry import METHODS, Method, calibrate
 from .replaceme import replaceme

@@ -11,16 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 from torch import Tensor, nn
 
+from ..allocate import allocate
 from ..blocks import Block, MLPWeights
-from ..layers import Removed, Tuned, layer_parameters, without_layers
+from ..capture import Statistics
+from ..layers import Removed, Tuned, find_layers, layer_parameters, without_layers
 from ..replacements import Family, GatedMLP, Replacement
 from ..reports import FitReport
 from ..similarity import Units, match
-from ..splice import removed_parameters
+from ..splice import removed_parameters, sparsity
 from .calibration import Plan
 
 Start = tuple[str, int]  # stack and first layer of a window
@@ -121,17 +124,23 @@ def drop_mlps(blocks: Sequence[Block]) -> Plan:
     return {block: Replacement(Removed(), block) for block in blocks}
 
 
-def windows_of(blocks: Sequence[Block], k: int) -> dict[Start, list[Block]]:
-    """Every k neighbours among ``blocks``, in their order, none across stacks. Raises ValueError unless 1 ≤ k ≤ layers."""
+def windows_of(blocks: Sequence[Block], k: int, every: int = 1) -> dict[Start, list[Block]]:
+    """Every k neighbours among ``blocks``, in their order, none across stacks; with ``every`` only so many starts apart. Raises
+    ValueError unless 1 ≤ k ≤ layers and 1 ≤ every.
+    """
+    if every < 1:
+        raise ValueError(f"Expected every ≥ 1, got {every}.")
     stacks = [list(of_stack) for _, of_stack in groupby(blocks, key=lambda block: block.stack)]
     longest = max(map(len, stacks), default=0)
     if not 1 <= k <= longest:
         raise ValueError(f"A window of {k} layers does not fit: expected 1 ≤ k ≤ {longest}, the layers of a stack.")
-    found = [stack[i : i + k] for stack in stacks for i in range(len(stack) - k + 1)]
+    found = [stack[i : i + k] for stack in stacks for i in range(0, len(stack) - k + 1, every)]
     return {(window[0].stack, window[0].layer): window for window in found}
 
 
-def slide(blocks: Sequence[Block], k: int, make: Callable[[Sequence[Block]], Plan], score: Score) -> tuple[Plan, list[dict]]:
+def slide(
+    blocks: Sequence[Block], k: int, make: Callable[[Sequence[Block]], Plan], score: Score, *, every: int = 1
+) -> tuple[Plan, list[dict]]:
     """The best of the plans that ``make`` makes of every k neighbours among ``blocks``; of equal ones the first.
 
     Args:
@@ -141,6 +150,7 @@ def slide(blocks: Sequence[Block], k: int, make: Callable[[Sequence[Block]], Pla
         score: {start: plan} → {start: score}, the lower the better, on validation data, never on held-out data.
             ``{s: m.mean_kl for s, m in compare(model, plans, windows).items()}`` for a causal language model;
             :func:`~mlpreplace.tune.losses` for any model.
+        every: tries only starts so many layers apart.
 
     Returns:
         The best plan, and one record a window: stack, start, layers (k), score, best. All plans are held at a time: one MLP
@@ -149,7 +159,7 @@ def slide(blocks: Sequence[Block], k: int, make: Callable[[Sequence[Block]], Pla
     Raises:
         ValueError: a k that no stack has room for, scores that are all NaN, what ``make`` raises.
     """
-    plans = {start: make(window) for start, window in windows_of(blocks, k).items()}
+    plans = {start: make(window) for start, window in windows_of(blocks, k, every).items()}
     scores = {start: float(value) for start, value in score(plans).items()}
     usable = [start for start in plans if not math.isnan(scores[start])]
     if not usable:
@@ -175,3 +185,52 @@ def drop_layers(model: nn.Module, layers: Sequence[Block]) -> Plan:
     as many parameters.
     """
     return without_layers(model, [block.layer for block in layers])
+
+
+def rivals(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    k: int,
+    units: Units,
+    stats: Statistics,
+    score: Score,
+    *,
+    whole_layers: bool = True,
+    every: int = 1,
+    cached: bool = False,
+) -> tuple[dict[str, Plan], list[dict]]:
+    """k MLPs merged into one, and what else saves as many parameters.
+
+    Args:
+        blocks: MLP blocks in order of depth, of one stack.
+        units: of ``blocks``, to match them by.
+        stats: of ``blocks``, to narrow them by.
+        score, every: as :func:`slide` takes them.
+        whole_layers: whether as many parameters are dropped with whole layers; False for k − 1 MLPs, and where layers cannot
+            be removed (an encoder-decoder).
+        cached: keep the permutations on disk.
+
+    Returns:
+        Plans, the best window each: "merged", "unpermuted" (averaged as they stand), "dropped", and "replaced" (every block
+        narrowed to one width). And the records of all windows, with a method.
+
+    Raises:
+        ValueError: what :func:`slide` raises; statistics or units of other blocks.
+    """
+    if missing := [block.name for block in blocks if block not in stats]:
+        raise ValueError(f"{missing[0]} is not in the statistics: capture it first.")
+    plans, records = {}, []
+
+    def best(method: str, among: Sequence[Block], size: int, make: Callable[[Sequence[Block]], Plan]) -> None:
+        plans[method], tried = slide(among, size, make, score, every=every)
+        records.extend({"method": method, **record} for record in tried)
+
+    best("merged", blocks, k, partial(merge_mlps, units=units, cached=cached))
+    best("unpermuted", blocks, k, merge_mlps)
+    if whole_layers:
+        best("dropped", find_layers(model), layers_worth(model, plans["merged"]), partial(drop_layers, model))
+    else:
+        best("dropped", blocks, k - 1, drop_mlps)
+    of_blocks = {block: stats[block] for block in blocks}
+    plans["replaced"] = allocate(model, of_blocks, sparsity(model, plans["merged"]), "uniform")
+    return plans, records

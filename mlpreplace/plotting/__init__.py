@@ -10,6 +10,7 @@ from .blocks import (
     training_gain,
 )
 from .comparison import redundancy, speed_by_method, tasks_by_method
+from .merging import merging, similarity_maps, start_of_window
 from .models import (
     ablation,
     additivity,
