@@ -6,6 +6,7 @@ PROFILE ?= cpu
 ONLY    ?=
 MODEL   ?=
 DEVICE  ?=
+WORKERS ?= 2
 
 PY     := $(VENV)/bin/python
 CACHE  := $(or $(MLPREPLACE_CACHE),.cache)
@@ -19,6 +20,7 @@ RUN     = $(PY) notebooks/run.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
+	@echo "            [WORKERS=2: tests side by side, up to 8 GB each]"
 	@echo "            [PYTHON=python3.12] [VENV=path of an environment, made if missing]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +42,7 @@ notebooks: setup  ## run the cpu profile and put the executed notebooks in place
 	$(PY) notebooks/run.py --publish $(if $(ONLY),--only $(ONLY))
 
 test: setup lint  ## all tests, the notebooks in the smoke profile among them
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY)  ## style
 	$(PY) -m ruff check .
