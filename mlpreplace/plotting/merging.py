@@ -24,7 +24,7 @@ RATIO = "perplexity ÷ dense"  # the measure that is drawn on a log axis: less i
 
 
 def merging(rows: pd.DataFrame) -> Figure:
-    """Score by the share of MLPs that is saved: a column of panels a task, above as merged, below after tuning.
+    """Score by the share of MLPs that is saved: a column of panels a task, above as they stand, below after tuning.
 
     Bars are 95 % intervals, the thin line is the dense model.
 
@@ -34,7 +34,7 @@ def merging(rows: pd.DataFrame) -> Figure:
     """
     tasks = list(rows["task"].unique())
     size = (2.5 * len(tasks) + 0.3, 4.6)
-    figure, panels = plt.subplots(2, len(tasks), figsize=size, sharex=True, sharey="col", squeeze=False)
+    figure, panels = plt.subplots(2, len(tasks), figsize=size, sharex="col", squeeze=False)
     for column, task in zip(panels.T, tasks, strict=True):
         of_task = rows[rows["task"] == task]
         dense = of_task[of_task["method"] == DENSE].iloc[0]
@@ -45,12 +45,12 @@ def merging(rows: pd.DataFrame) -> Figure:
                 continue
             _scores(axes, part)
             axes.axhline(dense["score"], color="0.2", linewidth=1)
-            axes.set_title(f"{task}, {'tuned' if tuned else 'as merged'}", fontsize=8)
+            axes.set_title(f"{task}, {'tuned' if tuned else 'not tuned'}", fontsize=8)
             axes.set_ylabel(dense["measure"])
             axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
-        if dense["measure"] == RATIO:
-            column[0].set_yscale("log")
-            plain_log_ticks(column[0].yaxis, "×%g")
+            if dense["measure"] == RATIO:
+                axes.set_yscale("log")
+                plain_log_ticks(axes.yaxis, "×%g")
         shown = [axes for axes in column if axes.get_visible()]
         shown[-1].set_xlabel("share of MLPs saved")
         shown[-1].tick_params(labelbottom=True)
