@@ -7,7 +7,7 @@ from conftest import build, random_windows
 
 from mlpreplace import LowRank, fit_all
 from mlpreplace.baselines import METHODS, calibrate
-from mlpreplace.blocks import layer_lists
+from mlpreplace.structure import layer_lists
 
 LAYERS = 6
 SLIDING = ("mistral", "qwen2", "qwen3", "gemma2")  # their configurations list a type for every layer

@@ -8,7 +8,7 @@ import torch
 from conftest import HIDDEN, INTERMEDIATE, MODELS, VOCABULARY, build
 from transformers import LlamaForCausalLM
 
-import mlpreplace.blocks
+import mlpreplace.architectures
 from mlpreplace import Stack, count_parameters, find_blocks, register_architecture
 
 NEURONS = [name for name in MODELS if name != "mixtral"]
@@ -30,7 +30,7 @@ def sum_of(model, pattern: str) -> int:
 @pytest.fixture
 def registry(monkeypatch):
     """A registry of architectures that a test may write into."""
-    monkeypatch.setattr(mlpreplace.blocks, "_ARCHITECTURES", dict(mlpreplace.blocks._ARCHITECTURES))
+    monkeypatch.setattr(mlpreplace.architectures, "ARCHITECTURES", dict(mlpreplace.architectures.ARCHITECTURES))
 
 
 @pytest.mark.parametrize("name", MODELS)
