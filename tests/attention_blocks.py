@@ -1,7 +1,8 @@
 """Attention blocks to test: tiny models and plans that replace their attention."""
 
 import torch
-from conftest import build, capture_quietly, random_windows
+from conftest import capture_quietly
+from tiny_models import build, random_windows
 
 from mlpreplace import Linear, LowRank, TwoLayerMLP, fit
 

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from conftest import build, random_windows
+from tiny_models import build, random_windows
 
 from mlpreplace import LowRank, fit_all
 from mlpreplace.baselines import METHODS, calibrate

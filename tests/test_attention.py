@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from attention_blocks import SETS, SINGLE, attention_plan, both_kinds, precise
-from conftest import CAUSAL, HIDDEN, build, capture_quietly, captured_whole, random_windows, save_locally, statistics_of
+from conftest import capture_quietly, captured_whole, save_locally, statistics_of
 from test_past import decoded, logits
+from tiny_models import CAUSAL, HIDDEN, build, random_windows
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CAUSAL, build, random_windows, save_locally
-from merging_blocks import KINDS, as_doubles, batches_for, outputs, planted
+from conftest import save_locally
+from merging_blocks import KINDS, as_doubles, planted
+from tiny_models import CAUSAL, batches_for, build, outputs, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import (

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from attention_blocks import assert_alike
-from conftest import CAUSAL, HIDDEN, build, random_windows
 from layer_blocks import LAYERS, calibrated, deep, deleted
 from test_past import decoded, logits
+from tiny_models import CAUSAL, HIDDEN, build, random_windows
 
 from mlpreplace import Linear, find_blocks, latency, sparsity, splice, spliced
 from mlpreplace.blocks import block_parameters, count_parameters

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CAUSAL, random_windows, save_locally
+from conftest import save_locally
 from layer_blocks import calibrated, deep
 from test_past import decoded, logits
+from tiny_models import CAUSAL, random_windows
 
 from mlpreplace import Linear, allocate, capture, find_blocks, load, load_model, save, sparsity, splice, spliced
 from mlpreplace.baselines import METHODS, Calibration, Method, calibrate

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from attention_blocks import precise
-from conftest import CAUSAL, HIDDEN, build, random_windows
 from layer_blocks import streams
+from tiny_models import CAUSAL, HIDDEN, build, random_windows
 
 from mlpreplace import find_blocks
 from mlpreplace.stream import Span, capture_spans, capture_stream

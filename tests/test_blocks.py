@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import HIDDEN, INTERMEDIATE, MODELS, VOCABULARY, build
+from tiny_models import HIDDEN, INTERMEDIATE, MODELS, VOCABULARY, build
 from transformers import LlamaForCausalLM
 
 import mlpreplace.architectures

@@ -6,8 +6,9 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
-from conftest import CAUSAL, CONTEXT, GROUPED, MODELS, build, captured_whole, fail_after, random_windows
+from conftest import captured_whole, fail_after
 from hybrid_blocks import HYBRIDS, shaken
+from tiny_models import CAUSAL, CONTEXT, GROUPED, MODELS, build, random_windows
 
 import mlpreplace.architectures
 from mlpreplace import (

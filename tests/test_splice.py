@@ -5,7 +5,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import CAUSAL, INTERMEDIATE, build, capture_quietly, random_windows, save_locally
+from conftest import capture_quietly, save_locally
+from tiny_models import CAUSAL, INTERMEDIATE, build, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, fit, load, load_model, save, sparsity, splice, spliced
