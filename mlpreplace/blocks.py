@@ -116,8 +116,9 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
     """
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of block {kind!r}; expected one of {KINDS}.")
-    config, blocks = model.config.get_text_config(), []
-    for stack, path, layers in layer_lists(model):
+    blocks, lists = [], layer_lists(model)
+    config = model.config.get_text_config()
+    for stack, path, layers in lists:
         groups = [stack.mlp] if kind == "mlp" else [(g,) if isinstance(g, str) else g for g in stack.attention]
         for index, host in enumerate(layers):
             where = f"{path}.{index}"

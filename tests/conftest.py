@@ -14,9 +14,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mlpreplace import BlockStatistics, Sample, assets, cache, capture, find_blocks, load_model
+from mlpreplace.architectures import ARCHITECTURES
 from mlpreplace.capture import MOMENTS
-
-t.logging.set_verbosity_error()
 
 
 def activations(model, block, windows: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -136,6 +135,15 @@ def one_thread(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def registry():
+    """The registered architectures, for a test to write into."""
+    before = dict(ARCHITECTURES)
+    yield ARCHITECTURES
+    ARCHITECTURES.clear()
+    ARCHITECTURES.update(before)
 
 
 @pytest.fixture

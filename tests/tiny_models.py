@@ -23,7 +23,7 @@ HEADS = GROUPED | dict(head_dim=8)
 TOKENS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
 SLIDES = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
-T5 = dict(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
+T5 = dict(decoder_start_token_id=0, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
 IMAGE, PATCHES = 16, 4
 IMAGES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=IMAGE, patch_size=8)
 VISION = IMAGES | dict(hidden_size=16, intermediate_size=24)  # beside a language model: not the size of its blocks
