@@ -20,6 +20,8 @@ class Stack:
     path or, likewise, the paths from first to last (BERT); two of them make a layer that reads another stack as well.
     ``gate``, ``up``, ``down`` and ``activation`` locate the neurons of an MLP down(act(up x)) or down(act(gate x) ⊙ up x);
     leave them out and the block can be replaced but not narrowed.
+
+    Raises ValueError where some of ``up``, ``down`` and ``activation`` are given and others are not.
     """
 
     layers: str
@@ -29,6 +31,10 @@ class Stack:
     down: str | None = None
     gate: str | None = None
     activation: str | None = None
+
+    def __post_init__(self) -> None:
+        if len({path is None for path in (self.up, self.down, self.activation)}) > 1 or (self.gate and not self.up):
+            raise ValueError(f"Neurons need up, down and activation together, with or without gate; got {self}.")
 
 
 Architecture = tuple[Stack, ...]

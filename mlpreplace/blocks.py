@@ -72,7 +72,10 @@ class Block:
     def weights(self) -> MLPWeights:
         """Up, gate and down projection as [out, in] tensors; raises ValueError where the block has none."""
         if not self.has_neurons:
-            raise ValueError(f"{self.name} ({self.kind}) is no up/down MLP; its neurons cannot be selected.")
+            raise ValueError(
+                f"{self.name} ({self.kind}) is no up/down MLP; its neurons cannot be selected. "
+                "Mean, Linear and LowRank replace any block, TwoLayerMLP a mixture of experts, too."
+            )
         (up, up_bias), (down, down_bias) = _weight_bias(self.up), _weight_bias(self.down)
         gate, gate_bias = _weight_bias(self.gate) if self.gate is not None else (None, None)
         return MLPWeights(up, down, gate, up_bias, down_bias, gate_bias)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_locally
-from tiny_models import ENCODERS, HIDDEN, INTERMEDIATE, MODELS, SEQ2SEQ, VISION_ONLY, batches_for, build, outputs
+from tiny_models import ENCODERS, HIDDEN, INTERMEDIATE, MIXTURES, MODELS, SEQ2SEQ, VISION_ONLY, batches_for, build, outputs
 from torch.testing import assert_close
 
 from mlpreplace import (
@@ -54,7 +54,6 @@ FAMILIES = {  # as the README calls them: the tiny models that stand for them he
     "ViT, DeiT": ["vit", "deit"],
 }
 COLUMNS = ("capture", "replace", "SubFit-style", "merge", "save, load")
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe"]
 REFUSED = {"SubFit-style": SEQ2SEQ, "merge": MIXTURES}
 GENERATES = [name for name in MODELS if name not in (*ENCODERS, *VISION_ONLY)]
 LOADED_WITH_A_BASE = [*ENCODERS, *SEQ2SEQ, *VISION_ONLY, "llava"]  # load_model loads causal language models

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_blocks import SETS, SINGLE, attention_plan, both_kinds, precise
+from attention_blocks import SETS, attention_plan, both_kinds, precise
 from conftest import capture_quietly, captured_whole, statistics_of
 from test_past import logits
-from tiny_models import CAUSAL, HIDDEN, build, random_windows
+from tiny_models import CAUSAL, HIDDEN, SINGLE, build, random_windows
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

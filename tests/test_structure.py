@@ -12,7 +12,7 @@ from tiny_models import GROUPED, INTERMEDIATE, MODELS, SIZES, VOCABULARY, build,
 from torch import nn
 from torch.testing import assert_close
 
-from mlpreplace import LowRank, NarrowMLP, Stack, find_blocks, fit, register_architecture, splice, spliced
+from mlpreplace import LowRank, NarrowMLP, Source, Stack, find_blocks, fit, load, register_architecture, save, splice, spliced
 
 UNKNOWN = {  # of no registered type; with neurons or not
     "stablelm": (t.StableLmForCausalLM, t.StableLmConfig(**GROUPED), True),
@@ -78,8 +78,9 @@ def test_a_guess_says_so_and_what_it_took(name, unknown, registry):
 
 @pytest.mark.filterwarnings("ignore:.*is no registered architecture")
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_what_was_guessed_is_captured_fitted_and_replaced(name, unknown):
-    model = build(name)
+def test_what_was_guessed_is_captured_fitted_replaced_and_saved(name, unknown, registry, tmp_path):
+    model, fresh = build(name), build(name)
+    model.source = fresh.source = Source("hub/somewhere", revision="abc")
     dense, (mlps, stats) = outputs(model, name), capture_quietly(model, random_windows())
     if UNKNOWN[name][2]:
         with spliced(model, {b: fit(b, stats, NarrowMLP(INTERMEDIATE)) for b in mlps}):
@@ -88,6 +89,8 @@ def test_what_was_guessed_is_captured_fitted_and_replaced(name, unknown):
     plan = {b: fit(b, stats | of_attention, LowRank(4)) for b in (*mlps, *attentions[:2])}
     compressed = splice(model, plan)
     assert find_blocks(compressed) == mlps and not any(b.has_neurons for b in find_blocks(compressed))
+    registry.pop(name)  # another process has to guess again
+    assert torch.equal(outputs(load(save(compressed, tmp_path / "out"), base=fresh), name), outputs(compressed, name))
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     cached, full = (compressed.generate(random_windows(2), use_cache=u, **options) for u in (True, False))
     assert torch.equal(cached, full) and not torch.equal(outputs(compressed, name), dense)
@@ -164,6 +167,12 @@ def test_registering_needs_a_stack():
 LLAMA = dict(layers="layers", mlp=("mlp",), attention=("self_attn",))
 
 
+@pytest.mark.parametrize("some", [dict(up="mlp.a"), dict(up="mlp.a", down="mlp.b"), dict(gate="mlp.a")])
+def test_neurons_are_registered_whole(some):
+    with pytest.raises(ValueError, match="need up, down and activation together"):
+        Stack(**LLAMA, **some)
+
+
 @pytest.mark.parametrize(
     ("wrong", "missing", "found"),
     [
@@ -171,7 +180,7 @@ LLAMA = dict(layers="layers", mlp=("mlp",), attention=("self_attn",))
         (dict(mlp=("feed_forward",)), r"model\.layers\.0 \(LlamaDecoderLayer\) has no 'feed_forward'", "mlp"),
         (dict(attention=("attn",)), r"model\.layers\.0 \(LlamaDecoderLayer\) has no 'attn'", "self_attn"),
         (dict(attention=(("self_attn", "out"),)), r"has no 'out'", "self_attn"),
-        (dict(up="mlp.fc1", down="mlp.down_proj"), r"has no 'mlp\.fc1'", "mlp.up_proj"),
+        (dict(up="mlp.fc1", down="mlp.down_proj", activation="mlp.act_fn"), r"has no 'mlp\.fc1'", "mlp.up_proj"),
     ],
 )
 def test_what_is_registered_and_not_there_is_named(wrong, missing, found, registry, llama):

@@ -105,6 +105,9 @@ VISION_ONLY = ["vit", "deit"]
 MULTIMODAL = ["llava", "gemma3"]
 ENCODERS = ["bert", "roberta", "distilbert"]
 CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gpt2", "gpt_neox", "falcon", "phi", "opt", "mixtral"]
+DECODERS = [*CAUSAL, "gemma3_text", "qwen2_moe", "qwen3_moe"]
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe"]
+SINGLE = [*MIXTURES, "gemma2"]  # experts, and the softmax of eager attention, are in float32 in any case
 READS_TOKENS = [*CAUSAL, "bert"]  # one stack of layers, one sequence of tokens in
 
 
