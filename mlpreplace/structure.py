@@ -6,8 +6,9 @@ that nobody registered is guessed from the structure of the model, and a warning
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import permutations, product
 
 import torch
@@ -64,13 +65,18 @@ def layer_lists(model: nn.Module) -> list[tuple[Stack, str, nn.ModuleList]]:
     for stack in stacks:
         named = [path for path in lists if f".{path}".endswith(f".{stack.layers}")]
         if len(named) != 1:
+            apart = " A longer path tells them apart." if named else ""
             raise ValueError(
                 f"{type(model).__name__} ({inner.config.model_type!r}) should hold one module list named {stack.layers!r}, found "
-                f"{len(named)} among {', '.join(lists) or 'none at all'}. A longer path tells them apart. "
-                + SAY_WHERE.format(inner.config.model_type)
+                f"{len(named)} among {_named(lists)}.{apart} " + SAY_WHERE.format(inner.config.model_type)
             )
         found.append((stack, named[0], lists[named[0]]))
     return found
+
+
+def _named(lists: Iterable[str]) -> str:
+    """Paths of module lists, those of all layers alike as one: "model.layers.*.experts"."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in lists)) or "none"
 
 
 def submodule(host: nn.Module, path: str, where: str, model_type: str) -> nn.Module:
@@ -97,7 +103,7 @@ def _guess(model: nn.Module, model_type: str | None) -> Stack:
         raise ValueError(
             f"Unknown architecture {model_type!r} ({type(model).__name__}). Known: {', '.join(sorted(ARCHITECTURES))}. "
             "Its structure does not tell either: that takes one list of layers, each with one attention module and one MLP of two"
-            f" or three linear layers, found {len(stacks)} among {', '.join(lists) or 'no list'}. " + SAY_WHERE.format(model_type)
+            f" or three linear layers, found {len(stacks)} among {_named(lists)}. " + SAY_WHERE.format(model_type)
         )
     return stacks[0]
 

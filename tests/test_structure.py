@@ -132,6 +132,7 @@ def test_what_cannot_be_guessed_is_an_error(make, registry):
     with pytest.raises(ValueError, match="Unknown architecture 'nobody'") as error:
         find_blocks(model)
     found = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [name for name in found if not re.search(r"\.\d+\.", name)]
     assert all(word in str(error.value) for word in ("llama", "register_architecture('nobody', Stack(...))", *found))
     assert "nobody" not in registry
 
