@@ -4,6 +4,7 @@ Data flows one way: text → capture → fit → splice → evaluate → allocat
 """
 
 from .allocate import allocate, narrow_widths
+from .architectures import Stack, register_architecture
 from .baselines import (
     METHODS,
     Calibration,
@@ -18,7 +19,7 @@ from .baselines import (
     slide,
 )
 from .batches import split, token_batches
-from .blocks import Block, Stack, count_parameters, find_blocks, register_architecture
+from .blocks import Block, count_parameters, find_blocks
 from .capture import BlockStatistics, Sample, capture, merge, sample
 from .damage import local_damage, measured_damage, second_order_damage
 from .data import load_windows, text_name

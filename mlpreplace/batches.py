@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from .blocks import layer_lists
+from .structure import layer_lists
 
 Batch = Mapping[str, Tensor]  # {"pixel_values": …}, {"input_ids": …, "attention_mask": …, "labels": …}; the first axis is items
 
@@ -66,7 +66,7 @@ def through_layers(model: nn.Module) -> Callable[[Batch], object]:
     labels.
     """
     forward, unread = (model, ()) if is_seq2seq(model) else (getattr(model, "base_model", model), ("labels",))
-    options = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    options = {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", None) is not None else {}
     return lambda batch: forward(**options, **{name: t for name, t in batch.items() if name not in unread})
 
 

@@ -1,8 +1,4 @@
-"""Where the MLP and attention blocks of an architecture are, and what they weigh.
-
-An :class:`Architecture` says, per stack of layers, which submodules of a layer make up its MLP and its attention. It is
-the only place that knows model names; everything else works on :class:`Block`.
-"""
+"""The MLP and attention blocks of a model, and what they weigh."""
 
 from __future__ import annotations
 
@@ -13,94 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .architectures import Stack
+from .structure import layer_lists, submodule
+
 KINDS = ("mlp", "attention")
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One list of layers and where a layer keeps its blocks; all paths are relative to the layer.
-
-    ``mlp`` lists the modules a token passes through, first to last: one module where the architecture has one, and
-    entry projection, activation, output projection where it has not (OPT, BERT, Marian). ``gate``, ``up``, ``down`` and
-    ``activation`` locate the neurons; leave them out and the block can be replaced but not narrowed.
-    """
-
-    layers: str
-    mlp: tuple[str, ...]
-    attention: tuple[str, ...]
-    up: str | None = None
-    down: str | None = None
-    gate: str | None = None
-    activation: str | None = None
-
-
-Architecture = tuple[Stack, ...]
-
-
-def _gated(layers: str = "layers", attention: tuple[str, ...] = ("self_attn",)) -> Architecture:
-    return (Stack(layers, ("mlp",), attention, "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", "mlp.act_fn"),)
-
-
-def _ungated(layers: str, attention: str, up: str, down: str, activation: str) -> Architecture:
-    return (Stack(layers, ("mlp",), (attention,), f"mlp.{up}", f"mlp.{down}", None, f"mlp.{activation}"),)
-
-
-def _fc(layers: str, *attention: str) -> Stack:
-    return Stack(layers, ("fc1", "activation_fn", "fc2"), attention, "fc1", "fc2", None, "activation_fn")
-
-
-def _t5(layers: str, mlp: str, *attention: str) -> Stack:
-    return Stack(layers, (mlp,), attention, f"{mlp}.wi", f"{mlp}.wo", None, f"{mlp}.act")
-
-
-_ARCHITECTURES: dict[str, Architecture] = {
-    **{name: _gated() for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
-    "gpt2": _ungated("h", "attn", "c_fc", "c_proj", "act"),
-    "gpt_neox": _ungated("layers", "attention", "dense_h_to_4h", "dense_4h_to_h", "act"),
-    "falcon": _ungated("h", "self_attention", "dense_h_to_4h", "dense_4h_to_h", "act"),
-    "phi": _ungated("layers", "self_attn", "fc1", "fc2", "activation_fn"),
-    "vit": _ungated("layers", "attention", "fc1", "fc2", "activation_fn"),
-    "opt": (_fc("layers", "self_attn"),),
-    "marian": (_fc("encoder.layers", "self_attn"), _fc("decoder.layers", "self_attn", "encoder_attn")),
-    "mixtral": (Stack("layers", ("mlp",), ("self_attn",)),),  # experts: one block, no neurons of its own to keep
-    "bert": (
-        Stack(
-            "encoder.layer",
-            ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"),
-            ("attention",),
-            "intermediate.dense",
-            "output.dense",
-            None,
-            "intermediate.intermediate_act_fn",
-        ),
-    ),
-    "t5": (
-        _t5("encoder.block", "layer.1.DenseReluDense", "layer.0.SelfAttention"),
-        _t5("decoder.block", "layer.2.DenseReluDense", "layer.0.SelfAttention", "layer.1.EncDecAttention"),
-    ),
-}
-
-
-def register_architecture(model_type: str, *stacks: Stack) -> None:
-    """Teach :func:`find_blocks` an architecture; ``model_type`` is the model's ``config.model_type``.
-
-    >>> register_architecture("my_llama", Stack("layers", ("mlp",), ("self_attn",), "mlp.up_proj", "mlp.down_proj",
-    ...                                         "mlp.gate_proj", "mlp.act_fn"))
-    """
-    if not stacks:
-        raise ValueError(f"register_architecture({model_type!r}) needs at least one Stack.")
-    _ARCHITECTURES[model_type] = stacks
-
-
-def architecture(model: nn.Module) -> Architecture:
-    """The registered architecture of ``model``; raises ValueError for an unknown ``config.model_type``."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _ARCHITECTURES:
-        raise ValueError(
-            f"Unknown architecture {model_type!r} ({type(model).__name__}). Known: {', '.join(sorted(_ARCHITECTURES))}. "
-            "For another one, say where its blocks are with mlpreplace.register_architecture(model_type, Stack(...))."
-        )
-    return _ARCHITECTURES[model_type]
+ROLES = ("up", "down", "gate", "activation")  # of the modules that make the neurons of an MLP
 
 
 @dataclass(frozen=True)
@@ -159,17 +72,13 @@ class Block:
     def weights(self) -> MLPWeights:
         """Up, gate and down projection as [out, in] tensors; raises ValueError where the block has none."""
         if not self.has_neurons:
-            raise ValueError(f"{self.name} ({self.kind}) is no up/down MLP; its neurons cannot be selected.")
+            raise ValueError(
+                f"{self.name} ({self.kind}) is no up/down MLP; its neurons cannot be selected. "
+                "Mean, Linear and LowRank replace any block, TwoLayerMLP a mixture of experts, too."
+            )
         (up, up_bias), (down, down_bias) = _weight_bias(self.up), _weight_bias(self.down)
         gate, gate_bias = _weight_bias(self.gate) if self.gate is not None else (None, None)
         return MLPWeights(up, down, gate, up_bias, down_bias, gate_bias)
-
-
-def _find(host: nn.Module, path: str | None) -> nn.Module | None:
-    try:
-        return host.get_submodule(path) if path else None
-    except AttributeError:  # replaced by now, or an architecture's ungated variant
-        return None
 
 
 def _weight_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -199,35 +108,27 @@ def _n_active(modules: tuple[nn.Module, ...], config) -> int:
     )
 
 
-def layer_lists(model: nn.Module) -> list[tuple[Stack, str, nn.ModuleList]]:
-    """(stack, path, layers) of every stack of the model's architecture, in order of the architecture."""
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    found = []
-    for stack in architecture(model):
-        named = [(n, m) for n, m in lists if n == stack.layers or n.endswith("." + stack.layers)]
-        if len(named) != 1:
-            raise ValueError(
-                f"{type(model).__name__} should hold one module list named {stack.layers!r}, found {len(named)}; "
-                "register_architecture can name it by a longer path."
-            )
-        found.append((stack, *named[0]))
-    return found
-
-
 def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
     """All blocks of one kind, "mlp" or "attention", in order of depth (encoder before decoder).
 
-    Works on the dense model, also on the meta device. Raises ValueError for an unknown kind or architecture.
+    A mixture of experts is one block without neurons of its own. Of a model that reads images, too, the blocks are those of
+    its language model. Works on the dense model, also on the meta device, and on a compressed one.
+
+    Raises ValueError for an unknown kind, an unknown architecture whose structure does not say where its blocks are either, or
+    a layer without a module that its architecture should have.
     """
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of block {kind!r}; expected one of {KINDS}.")
-    blocks = []
-    for stack, path, layers in layer_lists(model):
+    blocks, lists = [], layer_lists(model)
+    config = model.config.get_text_config()
+    for stack, path, layers in lists:
+        groups = [stack.mlp] if kind == "mlp" else [(g,) if isinstance(g, str) else g for g in stack.attention]
         for index, host in enumerate(layers):
-            groups = [stack.mlp] if kind == "mlp" else [(name,) for name in stack.attention]
+            where = f"{path}.{index}"
             for names in groups:
-                modules = tuple(host.get_submodule(name) for name in names)
-                paths = tuple(f"{path}.{index}.{name}" for name in names)
+                modules = tuple(submodule(host, name, where, config.model_type) for name in names)
+                paths = tuple(f"{where}.{name}" for name in names)
+                neurons = _neurons(stack, host, modules, where, config.model_type) if kind == "mlp" else {}
                 blocks.append(
                     Block(
                         name=paths[0],
@@ -235,18 +136,28 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
                         layer=index,
                         stack=path,
                         n_params=sum(p.numel() for p in _parameters(modules)),
-                        n_active_params=_n_active(modules, model.config),
-                        hidden_size=model.config.hidden_size,
+                        n_active_params=_n_active(modules, config),
+                        hidden_size=config.hidden_size,
                         paths=paths,
                         modules=modules,
                         host=host,
-                        up=_find(host, stack.up) if kind == "mlp" else None,
-                        down=_find(host, stack.down) if kind == "mlp" else None,
-                        gate=_find(host, stack.gate) if kind == "mlp" else None,
-                        activation=_find(host, stack.activation) if kind == "mlp" else None,
+                        **dict.fromkeys(ROLES) | neurons,
                     )
                 )
     return blocks
+
+
+def _neurons(stack: Stack, host: nn.Module, modules: tuple[nn.Module, ...], where: str, model_type: str) -> dict[str, nn.Module]:
+    """{role: module} of the neurons of an MLP; empty for a mixture of experts, and where a replacement stands in for the MLP."""
+    if hasattr(modules[0], "block_name") or any(_is_mixture(module) for module in modules):
+        return {}
+    paths = {role: getattr(stack, role) for role in ROLES}
+    return {role: submodule(host, path, where, model_type) for role, path in paths.items() if path}
+
+
+def _is_mixture(mlp: nn.Module) -> bool:
+    """Experts are one tensor [expert, out, in], or a list of modules."""
+    return any(p.dim() == 3 for p in mlp.parameters()) or any(isinstance(m, nn.ModuleList) for m in mlp.modules())
 
 
 def block_parameters(model: nn.Module) -> int:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, find_blocks, layer_lists
+from .blocks import Block, find_blocks
 from .replacements import Family, Replacement
+from .structure import layer_lists
 
 
 class _Nothing(nn.Module):
@@ -62,11 +63,13 @@ def find_layers(model: nn.Module) -> list[Block]:
         raise ValueError(
             f"{type(model).__name__} has {len(stacks)} stacks of layers; whole layers are removed from a single one."
         )
-    stack, path, layers = stacks[0]
-    own = {name.split(".")[0] for name in (*stack.mlp, *stack.attention)}
-    found = []
+    _, path, layers = stacks[0]
+    attentions, found = find_blocks(model, "attention"), []
     for mlp, host in zip(find_blocks(model), layers, strict=True):
-        norms = [(name, m) for name, m in host.named_children() if name not in own and any(True for _ in m.parameters())]
+        within = [module for block in (mlp, *attentions) if block.layer == mlp.layer for module in block.modules]
+        own = {module for whole in within for module in whole.modules()}
+        rest = [(name, m) for name, m in host.named_modules() if m not in own]  # BERT has norms inside of what holds its blocks
+        norms = [(name, m) for name, m in rest if any(True for _ in m.parameters(recurse=False))]
         if others := [name for name, m in norms if "norm" not in type(m).__name__.lower()]:
             raise ValueError(f"{path}.{mlp.layer} holds {others[0]!r} beside attention, MLP and norms: it cannot be removed.")
         found.append(
@@ -100,8 +103,9 @@ def find_parts(model: nn.Module, layer: int) -> list[Block]:
     units = {mlp.paths[0]: mlp.paths} | {path: (path,) for path in whole.paths[len(mlp.paths) :]}
     for attention in find_blocks(model, "attention"):
         if attention.layer == layer:
-            inside = attention.modules[0].named_modules(prefix=attention.name)
-            units |= {path: (path,) for path, m in inside if any(True for _ in m.parameters(recurse=False))}
+            for path, module in zip(attention.paths, attention.modules, strict=True):
+                inside = module.named_modules(prefix=path)
+                units |= {name: (name,) for name, m in inside if any(True for _ in m.parameters(recurse=False))}
     parts = []
     for name, paths in units.items():
         modules = tuple(model.get_submodule(path) for path in paths)

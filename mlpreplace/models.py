@@ -63,10 +63,11 @@ def check_windows(windows: Tensor, model: nn.Module, mask: Tensor | None = None)
         raise ValueError(f"Expected token ids [windows, seq_len], got {windows.dtype} {tuple(windows.shape)}.")
     if mask is not None and mask.shape != windows.shape:
         raise ValueError(f"The mask is {tuple(mask.shape)}, the windows are {tuple(windows.shape)}.")
-    context = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
     if context and windows.shape[1] > context:
         raise ValueError(f"Windows of {windows.shape[1]} tokens are longer than the model's context of {context}.")
-    vocabulary = getattr(model.config, "vocab_size", None)
+    vocabulary = getattr(config, "vocab_size", None)
     if vocabulary and windows.numel() and int(windows.max()) >= vocabulary:
         raise ValueError(
             f"Token id {int(windows.max())} is outside the model's vocabulary of {vocabulary}: another model's tokenizer?"

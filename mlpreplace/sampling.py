@@ -54,7 +54,8 @@ def sample_windows(
     if not (temperature > 0 and 0 < top_p <= 1):
         raise ValueError(f"Expected temperature > 0 and 0 < top_p ≤ 1, got {temperature} and {top_p}.")
     check_windows(torch.empty(0, seq_len, dtype=torch.int64), model)
-    writable = torch.zeros(model.config.vocab_size, dtype=torch.bool)  # [vocab], without the rows that only pad the embedding
+    rows = model.config.get_text_config().vocab_size  # of the embedding: some may only pad it
+    writable = torch.zeros(rows, dtype=torch.bool)  # [vocab]
     writable[: len(tokenizer)] = True
     writable[tokenizer.all_special_ids] = False
     separator = tokenizer("\n\n", add_special_tokens=False).input_ids

@@ -11,7 +11,8 @@ import transformers
 import yaml
 from transformers import PreTrainedModel
 
-from .blocks import KINDS, count_parameters, find_blocks, layer_lists
+from .blocks import KINDS, count_parameters, find_blocks
+from .structure import layer_lists
 
 ARCHITECTURES = Path(__file__).with_name("architectures.yaml")
 
@@ -50,7 +51,7 @@ def model_kind(model: PreTrainedModel) -> str:
 
 def _longest(model: PreTrainedModel) -> int | None:
     """Tokens the model can read at once; None where its positions are relative and set no limit (T5)."""
-    config = model.config
+    config = model.config.get_text_config()
     if model_kind(model) == "vision":
         return (config.image_size // config.patch_size) ** 2 + 1  # patches and the class token
     return getattr(config, "max_position_embeddings", None)
@@ -66,7 +67,7 @@ def _keys_per_query(context: int, causal: bool, window: int | None) -> float:
 
 def _score_flops(model: PreTrainedModel, context: int) -> float:
     """FLOPs a token of all query-key and score-value products: 4 · keys · heads · head_dim a layer."""
-    config, kind, flops = model.config, model_kind(model), 0.0
+    config, kind, flops = model.config.get_text_config(), model_kind(model), 0.0
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     for stack, _, layers in layer_lists(model):
@@ -101,7 +102,7 @@ def model_shares(model: PreTrainedModel, name: str, context: int = 2048) -> dict
         "model_type": model.config.model_type,
         "kind": model_kind(model),
         "layers": len(blocks["mlp"]),
-        "hidden_size": model.config.hidden_size,
+        "hidden_size": model.config.get_text_config().hidden_size,
         "measured": next(model.parameters()).device.type != "meta",
         **{part: parts[part] for part in ("total", "mlp", "attention", "embedding", "head", "other")},
         "mlp_active": active["mlp"],

@@ -84,7 +84,7 @@ def _passed(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, float]]:
     """
     mixtures = [r for r in replacements_of(model).values() if r.n_active_params < r.n_params]
     shares = {module: r.n_active_params / r.n_params for r in mixtures for module in r.modules()}
-    per_token = getattr(model.config, "num_experts_per_tok", None)
+    per_token = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     for _, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Embedding):
             continue
@@ -97,7 +97,7 @@ def _attention_widths(model: nn.Module) -> list[int]:
     """Width of the queries, heads · head size, of every attention in the model: the blocks that are left, and hybrids."""
     replacements = replacements_of(model)
     left = [block for block in find_blocks(model, "attention") if block.n_params and block.name not in replacements]
-    config = model.config
+    config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     hybrids = [m.q.weight.shape[0] for m in model.modules() if isinstance(m, CausalAttention)]
     return [config.num_attention_heads * head_dim] * len(left) + hybrids
@@ -209,7 +209,7 @@ def _check(label: Hashable, model: nn.Module, ids: Tensor, steps: int) -> None:
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{label!r} is a {type(model).__name__}; speed is measured of causal language models.")
     check_windows(ids, model)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and ids.shape[1] + steps > context:
         raise ValueError(
             f"A prompt of {ids.shape[1]} tokens and {steps} decoded ones are more than the context of {context} of {label!r}: "

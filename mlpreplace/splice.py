@@ -49,8 +49,8 @@ def _check(model: nn.Module, plan: Plan) -> None:
                 raise ValueError(f"{type(model).__name__} has no module {path}: the plan is for another model.") from None
         if block.kind == "attention":
             _check_attention(model, block)
-        if block.hidden_size != model.config.hidden_size:
-            sizes = f"hidden size {block.hidden_size}, the model {model.config.hidden_size}"
+        if block.hidden_size != (hidden_size := model.config.get_text_config().hidden_size):
+            sizes = f"hidden size {block.hidden_size}, the model {hidden_size}"
             raise ValueError(f"{block.name} has {sizes}: the plan is for another model.")
         if replacement.block_name != block.name:
             raise ValueError(f"The replacement for {block.name} was fitted to {replacement.block_name}.")

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .blocks import Block, find_blocks, layer_lists
+from .blocks import Block, find_blocks
 from .cache import Entry
 from .capture import BlockStatistics, _add, _backbone, _finish, _flatten, _tensor, _unflatten
 from .models import check_windows, eval_mode
 from .splice import _check_attention
+from .structure import layer_lists
 
 
 @dataclass(frozen=True, order=True)
@@ -154,7 +155,7 @@ def capture_stream(
 
     Raises:
         ValueError: windows the model cannot read, no real token, activations that are not finite, attention that cannot be
-            replaced (an encoder-decoder's, BERT's).
+            replaced (an encoder-decoder's), layers that do more than add what their blocks give (BERT's).
     """
     check_windows(windows, model, mask)
     if not len(windows) or (mask is not None and not bool(mask.any(1).all())):
@@ -179,12 +180,15 @@ def capture_stream(
             last = unit[_last_tokens(recorder.shape, keep)].double()  # [windows, layers + 1, hidden]
             angles = angles + ((last @ last.mT).clamp(-1, 1).arccos() / math.pi).sum(0).cpu()
             tokens += len(rows)
+            given = torch.zeros_like(rows[:, 1:])  # by the blocks of each layer
             for i, block in enumerate(blocks):
                 a = _rows(recorder.added[block.name], keep)
+                given[:, block.layer] += a
                 # attention reads the stream that enters the layer; what leaves the layer holds what its MLP added
                 r = rows[:, block.layer] if block.kind == "attention" else rows[:, block.layer + 1] - a
                 moved[0, i] += (a.norm(dim=-1) / r.norm(dim=-1).clamp_min(torch.finfo(r.dtype).tiny)).double().sum().cpu()
                 moved[1, i] += (1 - torch.cosine_similarity(r, r + a, dim=-1).double()).sum().cpu()
+            _check_sums(model, rows, given, torch.finfo(recorder.streams[0].dtype).eps)
     moved /= tokens
     distance, angle = (1 - cosines / tokens).fill_diagonal_(0), (angles / len(windows)).fill_diagonal_(0)
     if not all(torch.isfinite(t).all() for t in (distance, angle, moved)):
@@ -193,6 +197,17 @@ def capture_stream(
         entry.save(dict(tokens=torch.tensor(tokens), distance=distance, angle=angle, magnitude=moved[0], rotation=moved[1]))
     names = [block.name for block in blocks]
     return StreamStatistics(tokens, distance, angle, *(dict(zip(names, m.tolist(), strict=True)) for m in moved))
+
+
+def _check_sums(model: nn.Module, rows: Tensor, given: Tensor, eps: float) -> None:
+    """Raise ValueError unless a layer adds to the stream [tokens, layers + 1, hidden] what its blocks give, and that alone."""
+    left = (rows.diff(dim=1) - given).norm(dim=(0, 2))  # [layers]
+    rounding = 8 * eps * rows.norm(dim=(0, 2))[1:]
+    if more := (left > 0.1 * given.norm(dim=(0, 2)) + rounding).nonzero().flatten().tolist():
+        raise ValueError(
+            f"Layer {more[0]} of {type(model).__name__} does more than add what its blocks give to the residual stream (scale it,"
+            " or normalise the sum, as BERT does): how far a block moves the stream is not defined there."
+        )
 
 
 def _last_tokens(shape: torch.Size, keep: Tensor | None) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .blocks import layer_lists
 from .models import eval_mode
 from .splice import Plan, spliced
+from .structure import layer_lists
 
 SCORED_AT_ONCE = 2**19  # logits: 2 MB, which stay in a core's cache from the softmax to the sums
 SCORED_AT_ONCE_GPU = 2**26  # 256 MB: few and large pieces

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, layer_lists
+from .blocks import Block
 from .capture import _backbone, _tensor
+from .structure import layer_lists
 
 State = Tensor | tuple  # what a layer hands on: hidden states, or a tuple that starts with them (Falcon)
 

@@ -1,12 +1,12 @@
 """Attention blocks to test: tiny models and plans that replace their attention."""
 
 import torch
-from conftest import build, capture_quietly, random_windows
+from conftest import capture_quietly
+from tiny_models import SINGLE, build, random_windows
 
 from mlpreplace import Linear, LowRank, TwoLayerMLP, fit
 
 SETS = [(0,), (1,), (0, 2), (0, 1, 2)]  # layers whose attention is replaced
-SINGLE = ("mixtral", "gemma2")  # experts, and the softmax of eager attention, are in float32 in any case
 
 
 def precise(name: str, **changes):

@@ -8,110 +8,14 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers as t
+from tiny_models import VOCABULARY, build, random_windows
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from mlpreplace import BlockStatistics, Sample, assets, cache, capture, find_blocks, load_model
+from mlpreplace.architectures import ARCHITECTURES
 from mlpreplace.capture import MOMENTS
-
-t.logging.set_verbosity_error()
-
-HIDDEN, INTERMEDIATE, VOCABULARY, CONTEXT = 32, 48, 101, 64
-SIZES = dict(
-    hidden_size=HIDDEN,
-    intermediate_size=INTERMEDIATE,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=CONTEXT,
-)
-GROUPED = SIZES | dict(num_key_value_heads=2)
-HEADS = GROUPED | dict(head_dim=8)
-TOKENS = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
-SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=2)
-
-MODELS = {
-    "llama": (t.LlamaForCausalLM, t.LlamaConfig(**SIZES)),
-    "mistral": (t.MistralForCausalLM, t.MistralConfig(**GROUPED)),
-    "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**GROUPED)),
-    "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config(**HEADS)),
-    "gemma": (t.GemmaForCausalLM, t.GemmaConfig(**HEADS)),
-    "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config(**HEADS)),
-    "gpt2": (t.GPT2LMHeadModel, t.GPT2Config(n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=CONTEXT, **TOKENS)),
-    "gpt_neox": (t.GPTNeoXForCausalLM, t.GPTNeoXConfig(**SIZES)),
-    "falcon": (
-        t.FalconForCausalLM,
-        t.FalconConfig(hidden_size=32, ffn_hidden_size=48, num_hidden_layers=3, num_attention_heads=4, **TOKENS),
-    ),
-    "phi": (t.PhiForCausalLM, t.PhiConfig(**SIZES)),
-    "opt": (
-        t.OPTForCausalLM,
-        t.OPTConfig(
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-            vocab_size=VOCABULARY,
-        ),
-    ),
-    "mixtral": (t.MixtralForCausalLM, t.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2)),
-    "bert": (t.BertForMaskedLM, t.BertConfig(**SIZES)),
-    "t5": (
-        t.T5ForConditionalGeneration,
-        t.T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=VOCABULARY),
-    ),
-    "marian": (
-        t.MarianMTModel,
-        t.MarianConfig(
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-            vocab_size=VOCABULARY,
-            **SPECIAL,
-        ),
-    ),
-    "vit": (
-        t.ViTForImageClassification,
-        t.ViTConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
-        ),
-    ),
-}
-CAUSAL = [name for name in MODELS if name not in ("bert", "t5", "marian", "vit")]
-READS_TOKENS = [*CAUSAL, "bert"]  # one stack of layers, one sequence of tokens in
-
-
-def build(name: str, seed: int = 0, **changes):
-    """A random model in eval mode. Weights keep activations at unit scale, so that every block matters; no bias is zero."""
-    model_class, config = MODELS[name]
-    config = type(config)(**config.to_dict() | changes)
-    torch.manual_seed(seed)
-    model = model_class(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in type(module).__name__.lower():
-                parameter.data += 0.2 * noise
-            elif isinstance(module, torch.nn.Embedding):
-                parameter.data = 0.5 * noise
-            elif parameter.dim() == 1:
-                parameter.data = 0.3 * noise
-            else:
-                parameter.data = 1.5 * noise / parameter.shape[-1] ** 0.5
-    return model
-
-
-def random_windows(n: int = 8, seq_len: int = 12, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (n, seq_len), generator=torch.Generator().manual_seed(seed))
 
 
 def activations(model, block, windows: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -231,6 +135,15 @@ def one_thread(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def registry():
+    """The registered architectures, for a test to write into."""
+    before = dict(ARCHITECTURES)
+    yield ARCHITECTURES
+    ARCHITECTURES.clear()
+    ARCHITECTURES.update(before)
 
 
 @pytest.fixture

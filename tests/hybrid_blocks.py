@@ -1,7 +1,8 @@
 """Hybrids to test, in tiny models or fitted to pairs that are made up."""
 
 import torch
-from conftest import build, capture_quietly, random_windows
+from conftest import capture_quietly
+from tiny_models import build, random_windows
 
 from mlpreplace import AttentionMLP, BlockStatistics, ConvMLP, MixtureOfExperts, Sample, TransformerBlock, fit
 from mlpreplace.starts import neurons

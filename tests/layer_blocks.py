@@ -3,15 +3,14 @@
 import copy
 
 import torch
-from conftest import build, random_windows
+from tiny_models import SINGLE, build, random_windows
 
 from mlpreplace import LowRank, fit_all
 from mlpreplace.baselines import METHODS, calibrate
-from mlpreplace.blocks import layer_lists
+from mlpreplace.structure import layer_lists
 
 LAYERS = 6
-SLIDING = ("mistral", "qwen2", "qwen3", "gemma2")  # their configurations list a type for every layer
-SINGLE = ("mixtral", "gemma2")  # experts, and the softmax of eager attention, are in float32 in any case
+SLIDING = ("mistral", "qwen2", "qwen3", "qwen2_moe", "gemma2", "gemma3_text")  # their configurations list a type for every layer
 
 
 def deep(name: str, layers: int = LAYERS):

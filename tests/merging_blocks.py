@@ -5,33 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-from conftest import build, noise, random_windows
+from tiny_models import build
 
-from mlpreplace import find_blocks, token_batches
+from mlpreplace import find_blocks
 from mlpreplace.blocks import _parameters
 
 KINDS = ["llama", "gemma", "gpt2", "opt", "bert", "vit", "marian", "t5"]  # gated, with and without biases, every side
-SEQ2SEQ = ("marian", "t5")
-
-
-def batches_for(name: str, n: int = 6, batch_size: int = 3, seed: int = 0, labels: bool = False) -> list[dict[str, torch.Tensor]]:
-    """Batches of inputs that a tiny model of conftest reads: windows, images, or pairs of sentences."""
-    if name == "vit":
-        images = noise(n, 3, 16, 16, seed=seed).float()
-        columns = {"pixel_values": images, "labels": torch.arange(n) % 2}
-    elif name in SEQ2SEQ:
-        columns = {"input_ids": random_windows(n, 9, seed), "decoder_input_ids": random_windows(n, 7, seed + 1)}
-        columns["labels"] = random_windows(n, 7, seed + 2)
-    else:
-        return token_batches(random_windows(n, 12, seed), batch_size=batch_size, labels=labels)
-    if not labels:
-        del columns["labels"]
-    return [{k: t[i : i + batch_size] for k, t in columns.items()} for i in range(0, n, batch_size)]
-
-
-def outputs(model, name: str) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([model(**batch).logits for batch in batches_for(name, seed=9)])
 
 
 def shuffled(width: int, seed: int) -> torch.Tensor:

@@ -4,7 +4,8 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from conftest import HIDDEN, INTERMEDIATE, build, capture_quietly, random_windows
+from conftest import capture_quietly
+from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, allocate, compare, find_blocks, fit_all, narrow_widths, sparsity
 from mlpreplace.allocate import ATTENTION_PRICES

@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers as t
 from attention_blocks import SETS, assert_alike, attention_plan, precise
-from conftest import CAUSAL, capture_quietly, random_windows
+from conftest import capture_quietly
 from hybrid_blocks import shaken
 from test_past import decoded, logits
+from tiny_models import CAUSAL, random_windows
 
 from mlpreplace import AttentionMLP, ConvMLP, LowRank, MixtureOfExperts, capture, find_blocks, fit, spliced
 from mlpreplace.past import TokenCount

@@ -7,8 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import CAUSAL, build, random_windows, save_locally
-from merging_blocks import KINDS, as_doubles, batches_for, outputs, planted
+from conftest import save_locally
+from merging_blocks import KINDS, as_doubles, planted
+from tiny_models import CAUSAL, batches_for, build, outputs, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import (
@@ -138,12 +139,11 @@ def test_copies_stay_tied():
         assert torch.isfinite(small(random_windows(2)).logits).all()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma"])
-def test_saved_once_and_tied_again(name, tmp_path):
-    base = save_locally(build(name), tmp_path / "base")
+def test_saved_once_and_tied_again(tmp_path):
+    base = save_locally(build("llama"), tmp_path / "base")
     model, _ = load_model(base, device="cpu")
     blocks, windows = find_blocks(model), random_windows()
-    plan = merge_mlps(blocks[:2], units_of(model, name)) | drop_mlps(blocks[2:])
+    plan = merge_mlps(blocks[:2], units_of(model, "llama")) | drop_mlps(blocks[2:])
     merged = splice(model, plan)
     again = load(folder := save(merged, tmp_path / "out"), device="cpu")
     check_tied(again, folder, plan)
@@ -153,7 +153,7 @@ def test_saved_once_and_tied_again(name, tmp_path):
     assert [r.report for r in replacements_of(again).values()] == [r.report for r in plan.values()]
 
 
-@pytest.mark.parametrize("name", ["vit", "bert", "marian", "t5"])
+@pytest.mark.parametrize("name", ["vit", "marian"])
 def test_other_models_are_loaded_into_a_base_of_the_caller(name, tmp_path):
     model = build(name)
     model.source = Source("hub/somewhere", revision="abc")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import CAUSAL, HIDDEN, random_windows
-from layer_blocks import LAYERS, SINGLE, deep, streams
+from layer_blocks import LAYERS, deep, streams
+from tiny_models import CAUSAL, HIDDEN, SINGLE, random_windows
 
 from mlpreplace import Linear, LowRank, sparsity, spliced
 from mlpreplace.baselines import Calibration, drop, shortgpt, uidl

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from attention_blocks import assert_alike
-from conftest import CAUSAL, HIDDEN, build, random_windows
 from layer_blocks import LAYERS, calibrated, deep, deleted
 from test_past import decoded, logits
+from tiny_models import CAUSAL, ENCODERS, HIDDEN, build, random_windows
 
 from mlpreplace import Linear, find_blocks, latency, sparsity, splice, spliced
 from mlpreplace.blocks import block_parameters, count_parameters
@@ -15,6 +15,7 @@ from mlpreplace.fit import fit
 from mlpreplace.layers import Removed, Tuned, find_layers, find_parts, layer_parameters, without_layers
 from mlpreplace.replacements import Replacement
 from mlpreplace.speed import cache_bytes, flops, speed_rows
+from mlpreplace.structure import layer_lists
 
 SETS = [(0,), (2, 3), (0, 2, 5), (1, 2, 3, 4, 5)]
 
@@ -130,10 +131,14 @@ def test_layers_of_two_stacks_are_refused(name):
         find_layers(build(name))
 
 
-def test_bert_is_refused():
-    model = build("bert")
-    with pytest.raises(ValueError, match="holds more than attention"):
-        splice(model, without_layers(model, [0]))
+@pytest.mark.parametrize("name", ENCODERS)
+def test_norms_behind_the_sum_go_with_their_layer(name):
+    model, ids = build(name).double(), random_windows(3, 10)
+    expected = logits(deleted(model, {1}), ids)
+    with spliced(model, without_layers(model, [1])):
+        torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-9)
+    parts = [part for layer in range(3) for part in find_parts(model, layer)]
+    assert sum(part.n_params for part in parts) == sum(p.numel() for p in layer_lists(model)[0][2].parameters())
 
 
 def test_what_cannot_be_removed(llama):

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CAUSAL, random_windows, save_locally
+from conftest import save_locally
 from layer_blocks import calibrated, deep
 from test_past import decoded, logits
+from tiny_models import DECODERS, MIXTURES, random_windows
 
 from mlpreplace import Linear, allocate, capture, find_blocks, load, load_model, save, sparsity, splice, spliced
 from mlpreplace.baselines import METHODS, Calibration, Method, calibrate
@@ -15,10 +16,9 @@ from mlpreplace.layers import layer_parameters, without_layers
 from mlpreplace.past import TokenCount
 
 WHOLE = {"shortgpt", "shortgpt_linear", "uidl", "uidl_linear", "replaceme", "replaceme_cosine", "streamline_layer"}
-REFUSED = {  # an MLP with no width, or nothing to fuse a map into
-    "mixtral": {"uniform", "replaceme", "replaceme_cosine"},
-    "gemma2": {"replaceme", "replaceme_cosine"},
-}
+FUSED = {"replaceme", "replaceme_cosine"}
+# an MLP with no width, or nothing to fuse a map into
+REFUSED = dict.fromkeys(MIXTURES, {"uniform", *FUSED}) | dict.fromkeys(("gemma2", "gemma3_text"), FUSED)
 GENERATE = dict(max_new_tokens=32, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
@@ -37,7 +37,7 @@ def prepared():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", DECODERS)
 def test_generation_does_not_depend_on_the_cache(name, method, prepared):
     """32 tokens, greedily, in a batch that is padded on the left, at a quarter less parameters."""
     if method in REFUSED.get(name, ()):

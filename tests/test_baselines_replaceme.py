@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import CAUSAL, HIDDEN, noise, random_windows
-from layer_blocks import LAYERS, SINGLE, calibrated, deep, streams
+from conftest import noise
+from layer_blocks import LAYERS, calibrated, deep, streams
 from test_past import logits
+from tiny_models import CAUSAL, HIDDEN, SINGLE, random_windows
 
 from mlpreplace import NarrowMLP, Training, find_blocks, sparsity, spliced
 from mlpreplace.baselines import Calibration, replaceme

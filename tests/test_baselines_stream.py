@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from attention_blocks import precise
-from conftest import CAUSAL, HIDDEN, build, random_windows
 from layer_blocks import streams
+from tiny_models import CAUSAL, HIDDEN, build, random_windows
 
 from mlpreplace import find_blocks
 from mlpreplace.stream import Span, capture_spans, capture_stream
@@ -143,7 +143,7 @@ def test_errors(llama):
         capture_stream(llama, random_windows(1, 80), progress=False)
     with pytest.raises(ValueError, match="encoder-decoder"):
         capture_stream(build("t5"), ids, progress=False)
-    with pytest.raises(ValueError, match="holds more than attention"):
+    with pytest.raises(ValueError, match="Layer 0 of BertForMaskedLM does more than add"):
         capture_stream(build("bert"), ids, progress=False)
     assert capture_spans(llama, [], ids) == {}
     llama.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from attention_blocks import assert_alike
-from conftest import CAUSAL, random_windows
 from layer_blocks import LAYERS, calibrated, deep, streams
 from test_past import decoded, logits
+from tiny_models import CAUSAL, random_windows
 
 from mlpreplace import Training, TwoLayerMLP, sparsity, splice, spliced
 from mlpreplace.baselines import Calibration, streamline

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import CAUSAL, random_windows
 from layer_blocks import LAYERS, calibrated, deep
+from tiny_models import CAUSAL, random_windows
 
 from mlpreplace import LowRank, fit, sparsity, spliced
 from mlpreplace.baselines import Calibration, subfit

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import build, capture_quietly, random_windows
+from conftest import capture_quietly
 from safetensors.torch import save_file
+from tiny_models import build, random_windows
 
 from mlpreplace import LowRank, Mean, NarrowMLP, cache, fit
 from mlpreplace.cache import Entry, code_hash, fingerprint, write_atomically

@@ -4,8 +4,9 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from conftest import HIDDEN, INTERMEDIATE, READS_TOKENS, activations, build, capture_quietly, fail_after, random_windows
-from merging_blocks import batches_for, real_tokens
+from conftest import activations, capture_quietly, fail_after
+from merging_blocks import real_tokens
+from tiny_models import HIDDEN, INTERMEDIATE, READS_TOKENS, batches_for, build, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import NarrowMLP, capture, find_blocks, fit, merge, sample

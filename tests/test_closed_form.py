@@ -3,19 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    HIDDEN,
-    INTERMEDIATE,
-    READS_TOKENS,
-    activations,
-    build,
-    capture_quietly,
-    captured_whole,
-    joint_statistics,
-    noise,
-    random_windows,
-    statistics_of,
-)
+from conftest import activations, capture_quietly, captured_whole, joint_statistics, noise, statistics_of
+from tiny_models import HIDDEN, INTERMEDIATE, READS_TOKENS, build, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import (

@@ -6,7 +6,8 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, INTERMEDIATE, build, capture_quietly, random_windows
+from conftest import capture_quietly
+from tiny_models import CAUSAL, INTERMEDIATE, build, random_windows
 from torch import nn
 
 from mlpreplace import NarrowMLP, compare, find_blocks, fit_all

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, build, capture_quietly, fail_after, random_windows
+from conftest import capture_quietly, fail_after
+from tiny_models import CAUSAL, build, random_windows
 
 import mlpreplace.evaluate
 from mlpreplace import (

@@ -16,7 +16,7 @@ def test_readme_has_examples():
 
 
 @pytest.mark.bundled
-def test_readme_code_runs(tmp_path, monkeypatch, capsys):
+def test_readme_code_runs(tmp_path, monkeypatch, capsys, registry):
     """All blocks in order, in one namespace, in an empty folder: a reader pasting them one after the other."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, INTERMEDIATE, capture_quietly, random_windows, sample_of, statistics_of
+from conftest import capture_quietly, sample_of, statistics_of
+from tiny_models import HIDDEN, INTERMEDIATE, random_windows
 
 from mlpreplace import (
     Linear,

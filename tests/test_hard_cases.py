@@ -5,16 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    HIDDEN,
-    INTERMEDIATE,
-    build,
-    capture_quietly,
-    captured_whole,
-    joint_statistics,
-    noise,
-    random_windows,
-)
+from conftest import capture_quietly, captured_whole, joint_statistics, noise
+from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP, find_blocks, fit
 

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import CAUSAL, build, random_windows
+from tiny_models import CAUSAL, build, random_windows
 
 from mlpreplace import Healing, NarrowMLP, Replacement, capture, compare, find_blocks, fit, heal, spliced
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import build, capture_quietly, random_windows
+from conftest import capture_quietly
 from hybrid_blocks import HYBRIDS, LOOKING_BACK, MIXTURE, fitted, normal, planted, shaken
+from tiny_models import build, random_windows
 from torch.nn import functional as F
 
 from mlpreplace import (

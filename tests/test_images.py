@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build, noise
-from merging_blocks import batches_for
+from conftest import noise
+from tiny_models import batches_for, build
 
 from mlpreplace import accuracy, drop_mlps, find_blocks, load_images, pretrain, shifted, small_vit, split
 from mlpreplace.images import BLACK, MNIST, PARTS

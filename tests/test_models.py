@@ -6,7 +6,8 @@ import zipfile
 
 import pytest
 import torch
-from conftest import build, random_windows, save_locally
+from conftest import save_locally
+from tiny_models import build, random_windows
 
 from mlpreplace import Source, assets, count_parameters, load_model, perplexity, resolve_device
 from mlpreplace.models import BUNDLED, bundled_folder

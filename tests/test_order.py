@@ -6,10 +6,11 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
-from conftest import CAUSAL, CONTEXT, GROUPED, MODELS, build, captured_whole, fail_after, random_windows
+from conftest import captured_whole, fail_after
 from hybrid_blocks import HYBRIDS, shaken
+from tiny_models import CAUSAL, CONTEXT, GROUPED, MODELS, build, random_windows
 
-import mlpreplace.blocks
+import mlpreplace.architectures
 from mlpreplace import (
     ConvMLP,
     Linear,
@@ -253,7 +254,7 @@ def test_a_layer_that_does_more_than_add_is_refused(name, monkeypatch):
     """BERT normalises the sum, Granite scales what its blocks give."""
     scaled = transformers.GraniteConfig(**GROUPED, residual_multiplier=0.2)
     monkeypatch.setitem(MODELS, "granite", (transformers.GraniteForCausalLM, scaled))
-    monkeypatch.setitem(mlpreplace.blocks._ARCHITECTURES, "granite", mlpreplace.blocks._ARCHITECTURES["llama"])
+    monkeypatch.setitem(mlpreplace.architectures.ARCHITECTURES, "granite", mlpreplace.architectures.ARCHITECTURES["llama"])
     model, plan = fitted_plan(name, NarrowMLP(12))
     with pytest.raises(ValueError, match=r"0.*does more than add"):
         refit(model, plan, random_windows(), progress=False)

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers as t
-from conftest import CAUSAL, build, capture_quietly, random_windows, save_locally
+from conftest import capture_quietly, save_locally
 from hybrid_blocks import LOOKING_BACK, MIXTURE, fitted, normal, planted, shaken
+from tiny_models import CAUSAL, build, random_windows
 
 from mlpreplace import (
     AttentionMLP,

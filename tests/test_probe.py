@@ -5,8 +5,9 @@ from functools import lru_cache
 import pytest
 import torch
 from attention_blocks import both_kinds, precise
-from conftest import CAUSAL, activations, build, capture_quietly, random_windows
+from conftest import activations, capture_quietly
 from hybrid_blocks import fitted
+from tiny_models import CAUSAL, build, random_windows
 
 from mlpreplace import AttentionMLP, ConvMLP, compare, find_blocks, spliced
 from mlpreplace.probe import OBJECTIVES, probe

@@ -2,15 +2,8 @@
 
 import pytest
 import torch
-from conftest import (
-    HIDDEN,
-    INTERMEDIATE,
-    activations,
-    build,
-    capture_quietly,
-    random_windows,
-    save_locally,
-)
+from conftest import activations, capture_quietly, save_locally
+from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -7,7 +7,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import build, notebook_text, random_windows
+from conftest import notebook_text
+from tiny_models import build, random_windows
 
 from mlpreplace import Source, provenance
 from mlpreplace.provenance import Run, code_cells_hash, git_state, seed_everything

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CAUSAL, HIDDEN, INTERMEDIATE, build, random_windows
+from tiny_models import CAUSAL, HIDDEN, INTERMEDIATE, build, random_windows
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, INTERMEDIATE, build, capture_quietly, random_windows
+from conftest import capture_quietly
+from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP, find_blocks, fit, ladder
 from mlpreplace.capture import MOMENTS

@@ -1,7 +1,8 @@
 """The common columns say what was removed and what it cost."""
 
 import pytest
-from conftest import capture_quietly, random_windows
+from conftest import capture_quietly
+from tiny_models import random_windows
 
 from mlpreplace import Estimate, NarrowMLP, Training, compare, drop_mlps, fit, perplexity_ratio, splice
 from mlpreplace.results import result_rows, score_rows

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import CAUSAL, CONTEXT, VOCABULARY, build, word_tokenizer
+from conftest import word_tokenizer
+from tiny_models import CAUSAL, CONTEXT, VOCABULARY, build
 
 from mlpreplace import perplexity
 from mlpreplace.sampling import draw, sample_windows

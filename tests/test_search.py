@@ -7,7 +7,8 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import CAUSAL, INTERMEDIATE, build, capture_quietly, random_windows
+from conftest import capture_quietly
+from tiny_models import CAUSAL, INTERMEDIATE, build, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, TwoLayerMLP, compare, fit, fit_all
 from mlpreplace.damage import local_damage

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, INTERMEDIATE, activations, build, capture_quietly, random_windows
+from conftest import activations, capture_quietly
+from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import BlockStatistics, NarrowMLP, find_blocks, fit, selection

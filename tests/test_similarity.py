@@ -5,8 +5,8 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from conftest import build, random_windows
-from merging_blocks import KINDS, as_doubles, batches_for, plant, planted, real_tokens, reference_units, shuffled
+from merging_blocks import KINDS, as_doubles, plant, planted, real_tokens, reference_units, shuffled
+from tiny_models import batches_for, build, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import Units, capture_units, cka_map, find_blocks, match, token_batches

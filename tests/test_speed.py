@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, CONTEXT, HIDDEN, INTERMEDIATE, VOCABULARY, build, random_windows
+from tiny_models import CAUSAL, CONTEXT, HIDDEN, INTERMEDIATE, VOCABULARY, build, random_windows
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

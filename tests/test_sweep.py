@@ -7,8 +7,9 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import CAUSAL, VOCABULARY, build, capture_quietly, fail_after, random_windows
+from conftest import capture_quietly, fail_after
 from hybrid_blocks import LOOKING_BACK, shaken
+from tiny_models import CAUSAL, VOCABULARY, build, random_windows
 
 import mlpreplace.sweep
 from mlpreplace import Linear, Mean, NarrowMLP, compare, find_blocks, fit, load_windows, spliced

@@ -7,7 +7,8 @@ import socket
 import numpy as np
 import pytest
 import torch
-from conftest import build, capture_quietly, fail_after, random_windows, word_tokenizer
+from conftest import capture_quietly, fail_after, word_tokenizer
+from tiny_models import build, random_windows
 
 from mlpreplace import Mean, NarrowMLP, assets, fit, spliced
 from mlpreplace.hybrids import ConvMLP

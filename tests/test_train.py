@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import build, capture_quietly, random_windows, sample_of
+from conftest import capture_quietly, sample_of
+from tiny_models import build, random_windows
 
 from mlpreplace import ConvMLP, LowRank, NarrowMLP, Training, TwoLayerMLP, fit, fit_all
 from mlpreplace import train as training_module
@@ -234,7 +235,7 @@ def test_an_interrupted_training_goes_on_where_it_was(checks, pairs, results, mo
 KILLED = """
 import sys, json, torch
 sys.path.insert(0, "tests")
-from conftest import build, capture_quietly, random_windows
+from conftest import capture_quietly
 from mlpreplace import NarrowMLP, Training, fit
 torch.set_num_threads(1)
 blocks, stats = capture_quietly(build("llama"), random_windows(40), sample_windows=None, validation_windows=8)

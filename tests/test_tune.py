@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import build, random_windows
-from merging_blocks import batches_for
+from tiny_models import batches_for, build, random_windows
 
 from mlpreplace import (
     Healing,
