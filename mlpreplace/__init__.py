@@ -47,10 +47,11 @@ from .replacements import (
 from .reports import Errors, FitReport, TrainingReport, loss_rows, report_rows
 from .results import result_rows, score_rows
 from .sampling import sample_windows
+from .saving import load, save
 from .search import search
 from .similarity import Units, capture_units, cka_map, match
 from .speed import flops, ideal_speedup, latency, size_bytes, speed_rows
-from .splice import load, save, sparsity, splice, spliced
+from .splice import sparsity, splice, spliced
 from .stream import Span, capture_spans, capture_stream
 from .tasks import BUNDLED_TASKS, TaskResult, accuracy_retained, evaluate_tasks, task_rows
 from .texts import documents
