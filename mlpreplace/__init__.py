@@ -23,6 +23,7 @@ from .capture import BlockStatistics, Sample, capture, merge, sample
 from .damage import local_damage, measured_damage, second_order_damage
 from .data import load_windows, text_name
 from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
+from .export import export
 from .fit import fit, fit_all
 from .heal import Healing, heal
 from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock

@@ -47,9 +47,7 @@ def empty_model(
         blocks = find_blocks(model)
         for layer, changes in config.to_dict()["per_layer_config"].items():
             if others := changes.keys() - set(WIDTHS):
-                raise ValueError(
-                    f"Layer {layer} has {min(others)} of its own; only widths of MLPs ({', '.join(WIDTHS)}) are read."
-                )
+                raise ValueError(f"Layer {layer} has {min(others)} of its own; only a width ({', '.join(WIDTHS)}) is read.")
             _set_width(blocks[int(layer)], *changes.values())
         model.config = config
     return model

@@ -58,6 +58,18 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 @contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers shows no progress bars."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """``model`` in eval mode; afterwards every submodule is in the mode it was in."""
     before = {module: module.training for module in model.modules()}
@@ -157,18 +169,14 @@ def load_model(
         source = Source(name, revision=revision)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision or "main", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        with no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision or "main", use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError) as error:  # no such repository, no weights in safetensors, no tokenizer
         raise ValueError(
             f"Unknown model {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local folder with config, safetensors "
             f"and tokenizer, nor a hub id that could be fetched ({str(error).splitlines()[0]})"
         ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     model.source = replace(source, weights=weight_hashes(model))
     return model.to(device).eval(), tokenizer

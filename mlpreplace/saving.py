@@ -24,7 +24,7 @@ from .cache import fingerprint, whole_folder
 from .card import model_card
 from .empty import empty_model, fill, temporary_buffers, tensors_of
 from .layers import layer_blocks
-from .models import Source, load_model, resolve_device, weight_hashes
+from .models import Source, load_model, no_progress_bars, resolve_device, weight_hashes
 from .quantize import Int8Linear
 from .replacements import Family, FitReport, Replacement
 from .splice import replacements_of, sparsity, splice
@@ -61,7 +61,7 @@ def save(
     if standalone:
         _class_of(type(model).__name__)
     else:
-        inside = _inside(model)
+        inside = tensors_inside(model)
         _check_untouched(model, inside)
         tensors = {name: t for name, t in tensors.items() if name in inside}
         tied = {name: owner for name, owner in tied.items() if name in inside}
@@ -99,19 +99,33 @@ def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = N
         return _load_delta(folder, record, device, base)
     if base is not None:
         raise ValueError(f"{folder} holds a whole model: load it without base=.")
-    model_class, dtype = _class_of(record["model"]), getattr(torch, record["dtype"])
-    model = empty_model(model_class, model_class.config_class.from_pretrained(folder), dtype=dtype)
+    model = _load_plain(folder, record) if record["form"] == PLAIN else _load_standalone(folder, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.source = Source(**{k: v for k, v in record["base"].items() if k != "weights"}) if record["base"] else None
-    if record["form"] == PLAIN:
-        model.tie_weights()
-        tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-        fill(model, tensors, tensors_of(model)[1], temporary_buffers(model))
-    else:
-        model = _rebuilt(model, record)
-        fill(model, load_file(folder / WEIGHTS[STANDALONE]), record["tied"])
     return model.to(resolve_device(device))
+
+
+def _empty(folder: Path, record: dict) -> nn.Module:
+    model_class = _class_of(record["model"])
+    return empty_model(model_class, model_class.config_class.from_pretrained(folder), dtype=getattr(torch, record["dtype"]))
+
+
+def _load_standalone(folder: Path, record: dict) -> nn.Module:
+    model = _rebuilt(_empty(folder, record), record)
+    fill(model, load_file(folder / WEIGHTS[STANDALONE]), record["tied"])
+    return model
+
+
+def _load_plain(folder: Path, record: dict) -> nn.Module:
+    if not record["widths"]:
+        with no_progress_bars():
+            return _class_of(record["model"]).from_pretrained(folder, dtype=getattr(torch, record["dtype"])).eval()
+    model = _empty(folder, record)
+    model.tie_weights()
+    tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    fill(model, tensors, tensors_of(model)[1], temporary_buffers(model))
+    return model
 
 
 def _load_delta(folder: Path, record: dict, device: str, base: nn.Module | None) -> nn.Module:
@@ -134,7 +148,7 @@ def _load_delta(folder: Path, record: dict, device: str, base: nn.Module | None)
             f"The base model differs in its configuration: {folder} was made with {key}={config[key]}, found {own.get(key)}."
         )
     compressed = _rebuilt(model, record)
-    inside = _inside(compressed)
+    inside = tensors_inside(compressed)
     untouched = {name for name in (*compressed.state_dict(), *temporary_buffers(compressed)) if name not in inside}
     fill(compressed, load_file(folder / WEIGHTS[DELTA]), record["tied"], untouched)
     return compressed
@@ -216,7 +230,7 @@ def _class_of(name: str) -> type:
     return getattr(transformers, name)
 
 
-def _inside(model: nn.Module) -> set[str]:
+def tensors_inside(model: nn.Module) -> set[str]:
     """Names of all tensors inside of replacements."""
     replaced = [path for path, module in model.named_modules() if isinstance(module, Replacement)]
     tensors, tied = tensors_of(model)
