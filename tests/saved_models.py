@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from conftest import capture_quietly, random_windows
 from hybrid_blocks import shaken
-from merging_blocks import outputs
 
 from mlpreplace import NarrowMLP, fit
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
 
 
 def logits(model, windows) -> torch.Tensor:
@@ -22,18 +21,15 @@ def logits(model, windows) -> torch.Tensor:
         return model(windows).logits
 
 
-def narrow_plan(model, *widths: int, kind: str = "mlp"):
+def narrow_plan(model, *widths: int):
     """Every MLP narrowed, to one width or each to its own."""
-    blocks, stats = capture_quietly(model, random_windows(), kind)
+    blocks, stats = capture_quietly(model, random_windows())
     each = widths if len(widths) > 1 else widths * len(blocks)
     return {b: shaken(fit(b, stats, NarrowMLP(width)), i) for i, (b, width) in enumerate(zip(blocks, each, strict=True))}
 
 
 def run_python(code: str, *arguments) -> None:
-    """``code`` in a fresh process that finds this package."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """``code`` in a fresh process that finds this package and its tests."""
+    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-__all__ = ["logits", "narrow_plan", "outputs", "run_python"]
