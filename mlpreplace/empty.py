@@ -48,7 +48,7 @@ def empty_model(
         for layer, changes in config.to_dict()["per_layer_config"].items():
             if others := changes.keys() - set(WIDTHS):
                 raise ValueError(f"Layer {layer} has {min(others)} of its own; only a width ({', '.join(WIDTHS)}) is read.")
-            _set_width(blocks[int(layer)], *changes.values())
+            _set_width(blocks[int(layer)], max(changes.values()))
         model.config = config
     return model
 
@@ -101,10 +101,10 @@ def fill(
     Raises:
         ValueError: a tensor is missing, or has no place in the model.
     """
+    places = _places(model)
     for name, owner in (tied or {}).items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, model.get_parameter(owner))
-    places = _places(model)
+        setattr(model.get_submodule(parent), leaf, places[owner])
     expected = places.keys() - set(untouched) - (tied or {}).keys()
     if differing := sorted(expected ^ tensors.keys()):
         raise ValueError(f"{len(differing)} tensors are missing or have no place in the {type(model).__name__}: {differing[:3]}.")

@@ -134,17 +134,17 @@ def _shrunk(config: PreTrainedConfig, dense: nn.Module, widths: Mapping[Block, i
             if isinstance(value, list) and len(value) == layers and "layer" in key:
                 setattr(config, key, [item for i, item in enumerate(value) if i not in removed])
         config.num_hidden_layers = layers - len(removed)
-    found = [widths.get(block, block.intermediate_size if block.has_neurons else None) for block in mlps]
+    each = [widths.get(block, block.intermediate_size) if block.has_neurons else None for block in mlps]
     keys = [key for key in WIDTHS if key in own]
-    if (widths or own.get("per_layer_config")) and not keys:
+    if widths and not keys:
         raise ValueError(f"The configuration of a {type(dense).__name__} has no width of MLPs: {_INSTEAD}.")
-    if len(set(found)) == 1 and widths:
-        for key in keys:
-            setattr(config, key, found[0])
-    elif len(set(found)) > 1:
+    if len(set(each)) > 1:
         if len({block.stack for block in mlps}) > 1:
             raise ValueError(f"MLPs of several widths in an encoder and a decoder: {_INSTEAD}.")
-        config.per_layer_config = {i: dict.fromkeys(keys, width) for i, width in enumerate(found)}
+        config.per_layer_config = {i: dict.fromkeys(keys, width) for i, width in enumerate(each)}
+    elif each[0] is not None:
+        for key in keys:
+            setattr(config, key, each[0])
     return config
 
 
@@ -154,5 +154,7 @@ def _plain(model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors
     shapes = {name: t.shape for name, t in plain.state_dict().items()}
     if differing := sorted(k for k in shapes.keys() | tensors.keys() if k not in tensors or shapes.get(k) != tensors[k].shape):
         raise ValueError(f"A {model_class.__name__} of the narrower configuration has another {differing[0]}: {_INSTEAD}.")
+    if len(kinds := {t.dtype for t in tensors.values() if t.is_floating_point()}) > 1:
+        raise ValueError(f"A checkpoint is loaded in one precision, this model is in {sorted(map(str, kinds))}: {_INSTEAD}.")
     plain.load_state_dict(tensors, assign=True)
     return plain

@@ -56,7 +56,8 @@ def save(
             model's weights are not known (it was not made by load_model), or were changed outside the replacements since.
         FileExistsError: ``folder`` exists.
     """
-    folder = new_folder(folder)
+    folder, form = new_folder(folder), STANDALONE if standalone else DELTA
+    record = describe(model, form, metrics)
     tensors, tied = tensors_of(model)
     if standalone:
         _class_of(type(model).__name__)
@@ -65,8 +66,6 @@ def save(
         _check_untouched(model, inside)
         tensors = {name: t for name, t in tensors.items() if name in inside}
         tied = {name: owner for name, owner in tied.items() if name in inside}
-    form = STANDALONE if standalone else DELTA
-    record = describe(model, form, metrics) | {"tied": tied}
     with whole_folder(folder) as whole:
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
@@ -74,7 +73,7 @@ def save(
         if standalone and getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(whole)
         save_file({name: t.contiguous() for name, t in tensors.items()}, whole / WEIGHTS[form], {"format": "pt"})
-        write_about(whole, record, tokenizer)
+        write_about(whole, record | {"tied": tied}, tokenizer)
     return folder
 
 
@@ -102,7 +101,6 @@ def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = N
     model = _load_plain(folder, record) if record["form"] == PLAIN else _load_standalone(folder, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.source = Source(**{k: v for k, v in record["base"].items() if k != "weights"}) if record["base"] else None
     return model.to(resolve_device(device))
 
 
@@ -114,17 +112,20 @@ def _empty(folder: Path, record: dict) -> nn.Module:
 def _load_standalone(folder: Path, record: dict) -> nn.Module:
     model = _rebuilt(_empty(folder, record), record)
     fill(model, load_file(folder / WEIGHTS[STANDALONE]), record["tied"])
+    model.source = Source(**{k: v for k, v in record["base"].items() if k != "weights"}) if record["base"] else None
     return model
 
 
 def _load_plain(folder: Path, record: dict) -> nn.Module:
-    if not record["widths"]:
+    if record["widths"]:
+        model = _empty(folder, record)
+        model.tie_weights()
+        tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+        fill(model, tensors, tensors_of(model)[1], temporary_buffers(model))
+    else:
         with no_progress_bars():
-            return _class_of(record["model"]).from_pretrained(folder, dtype=getattr(torch, record["dtype"])).eval()
-    model = _empty(folder, record)
-    model.tie_weights()
-    tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-    fill(model, tensors, tensors_of(model)[1], temporary_buffers(model))
+            model = _class_of(record["model"]).from_pretrained(folder, dtype=getattr(torch, record["dtype"])).eval()
+    model.source = Source.of(model, str(folder))  # a dense model in its own right
     return model
 
 
@@ -141,17 +142,20 @@ def _load_delta(folder: Path, record: dict, device: str, base: nn.Module | None)
             f"The base model differs: {folder} was made from {about['id']} with weights of hash {expected}, found {found}. "
             "Restore the weights it was made from, give them as load(folder, base=model), or fit and save again."
         )
-    config, own = (c.to_dict() for c in (type(model.config).from_pretrained(folder), model.config))
-    if differing := [key for key in config.keys() - NO_MATTER if config[key] != own.get(key)]:
-        key = min(differing)
-        raise ValueError(
-            f"The base model differs in its configuration: {folder} was made with {key}={config[key]}, found {own.get(key)}."
-        )
+    made_with, own = _settings(type(model.config).from_pretrained(folder)), _settings(model.config)
+    if differing := [key for key in made_with if made_with[key] != own.get(key)]:
+        said = f"{differing[0]}={made_with[differing[0]]}, found {own.get(differing[0])}"
+        raise ValueError(f"The base model differs in its configuration: {folder} was made with {said}. Restore what it was.")
     compressed = _rebuilt(model, record)
     inside = tensors_inside(compressed)
     untouched = {name for name in (*compressed.state_dict(), *temporary_buffers(compressed)) if name not in inside}
     fill(compressed, load_file(folder / WEIGHTS[DELTA]), record["tied"], untouched)
     return compressed
+
+
+def _settings(config: PreTrainedConfig) -> dict:
+    """What ``config`` says about the numbers of its model, as json has it."""
+    return {k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if k not in NO_MATTER}
 
 
 def _rebuilt(model: nn.Module, record: dict) -> nn.Module:

@@ -124,7 +124,7 @@ def test_a_plain_folder(tmp_path, windows):
     assert torch.equal(logits(load_model(str(folder), device="cpu")[0], windows), logits(compressed, windows))
     again = load(folder, device="cpu")
     assert torch.equal(logits(again, windows), logits(compressed, windows))
-    assert again.source == model.source and not again.training
+    assert again.source.id == str(folder) and not again.training
 
 
 def test_models_that_are_no_causal_language_models(tmp_path, windows):
@@ -230,6 +230,13 @@ def test_types_of_layers_go_with_them(tmp_path):
     assert torch.equal(logits(again, windows), logits(compressed, windows))
 
 
+def test_the_one_width_that_is_left(tmp_path, windows):
+    model = load(export(narrow(build("llama"), 24, 16, 24), tmp_path / "first"), device="cpu")
+    compressed = splice(model, without_layers(model, [1]))
+    again = AutoModelForCausalLM.from_pretrained(export(compressed, tmp_path / "out")).eval()
+    assert torch.equal(logits(again, windows), logits(compressed, windows)) and again.config.intermediate_size == 24
+
+
 def test_fewer_layers_of_several_widths(tmp_path, windows):
     model = build("llama")
     plan = {b: r for b, r in narrow_plan(model, 24, 16, 8).items() if b.layer != 1} | without_layers(model, [1])
@@ -275,6 +282,13 @@ def test_attention_that_knows_its_layer_stays_in_its_place(tmp_path):
     model = build("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(ValueError, match=r"depends on the number of its layer.*standalone=True"):
         export(splice(model, without_layers(model, [0])), tmp_path / "out")
+
+
+def test_several_precisions(llama, tmp_path):
+    compressed = narrow(llama, 24)
+    compressed.lm_head.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"one precision.*bfloat16.*float32.*standalone=True"):
+        export(compressed, tmp_path / "out")
 
 
 def test_several_widths_on_two_sides(tmp_path):
