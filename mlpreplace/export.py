@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +17,7 @@ from .empty import WIDTHS, empty_model
 from .layers import Removed, Tuned
 from .models import no_progress_bars
 from .replacements import NarrowMLP
-from .saving import PLAIN, describe, named_blocks, new_folder, tensors_inside, write_about
+from .saving import PLAIN, describe, load_plain, named_blocks, new_folder, tensors_inside, write_about
 from .splice import replacements_of
 
 Tensors = dict[str, Tensor]
@@ -33,15 +34,16 @@ def export(
 
     With MLPs of one width in all layers, ``from_pretrained`` of transformers loads it without mlpreplace. With several widths
     the configuration has them as ``per_layer_config``, which modelling code of transformers does not read yet:
-    :func:`~mlpreplace.load` does. Both give the same logits as ``model``, bit for bit on the same machine.
+    :func:`~mlpreplace.load` does. Both give the same logits as ``model``, bit for bit on the same machine. The checkpoint is
+    read back, and every tensor compared, before the folder appears.
 
     Args:
         metrics: what was measured, anything that json can hold; for replacements.json and the model card.
         tokenizer: to be saved with the model.
 
     Raises:
-        ValueError: nothing was spliced, or something that the architecture has no form for. It can replace MLPs by
-            :class:`NarrowMLP`, any block by :class:`Tuned`, and remove whole layers as :func:`without_layers` does.
+        ValueError: nothing was spliced, or something that the architecture has no form for. It has one for :class:`NarrowMLP`, for
+            :class:`Tuned`, and for layers removed whole as :func:`without_layers` does it.
         FileExistsError: ``folder`` exists.
     """
     folder = new_folder(folder)
@@ -50,13 +52,14 @@ def export(
         raise ValueError(f"{record['int8'][0]} computes in int8; {_INSTEAD}.")
     dense = empty_model(type(model), model.config, meta=True)
     tensors, widths, gone = _unspliced(model, dense)
-    plain = _plain(type(model), _shrunk(model.config, dense, widths, gone), _renumbered(tensors, gone))
-    plain.generation_config = getattr(model, "generation_config", None)
+    tensors = _renumbered(tensors, gone)
+    plain = _plain(type(model), _shrunk(model.config, dense, widths, gone), tensors)
     record["widths"] = plain.config.is_heterogeneous
     with whole_folder(folder) as whole, no_progress_bars():
         # on disk some architectures have other names, which from_pretrained translates; mlpreplace.load does not
         plain.save_pretrained(whole, save_original_format=not record["widths"])
-        write_about(whole, record, tokenizer)
+        _read_back(whole, record, tensors)
+        write_about(whole, model, record, tokenizer)
     return folder
 
 
@@ -158,3 +161,10 @@ def _plain(model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors
         raise ValueError(f"A checkpoint is loaded in one precision, this model is in {sorted(map(str, kinds))}: {_INSTEAD}.")
     plain.load_state_dict(tensors, assign=True)
     return plain
+
+
+def _read_back(whole: Path, record: dict, tensors: Tensors) -> None:
+    """Raise ValueError unless what was written is what is loaded: formats leave out what an architecture is said to know."""
+    found = load_plain(whole, record).state_dict()
+    if lost := [name for name, t in tensors.items() if name not in found or not torch.equal(found[name], t.detach().cpu())]:
+        raise ValueError(f"{lost[0]} does not come back as it was from a checkpoint of a {record['model']}: {_INSTEAD}.")

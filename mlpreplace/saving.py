@@ -52,8 +52,8 @@ def save(
         tokenizer: to be saved with the model.
 
     Raises:
-        ValueError: nothing was spliced; a standalone model of a class that transformers does not have. Of the others: the base
-            model's weights are not known (it was not made by load_model), or were changed outside the replacements since.
+        ValueError: nothing was spliced. Standalone: transformers does not have the model's class. Otherwise: the weights of the
+            base are not known (neither load_model nor :meth:`Source.of` saw them), or are others by now outside of replacements.
         FileExistsError: ``folder`` exists.
     """
     folder, form = new_folder(folder), STANDALONE if standalone else DELTA
@@ -70,10 +70,8 @@ def save(
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(whole)
-        if standalone and getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(whole)
         save_file({name: t.contiguous() for name, t in tensors.items()}, whole / WEIGHTS[form], {"format": "pt"})
-        write_about(whole, record | {"tied": tied}, tokenizer)
+        write_about(whole, model, record | {"tied": tied}, tokenizer)
     return folder
 
 
@@ -88,7 +86,8 @@ def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = N
 
     Raises:
         FileNotFoundError: no replacements.json in ``folder``.
-        ValueError: the base model is not the one that was compressed, or one was given and none is needed.
+        ValueError: the base model is not the one that was compressed, by the hash of its weights or its configuration; one was
+            given and none is needed; the weights are not whole.
     """
     folder = Path(folder)
     if not (folder / RECORD).exists():
@@ -98,7 +97,7 @@ def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = N
         return _load_delta(folder, record, device, base)
     if base is not None:
         raise ValueError(f"{folder} holds a whole model: load it without base=.")
-    model = _load_plain(folder, record) if record["form"] == PLAIN else _load_standalone(folder, record)
+    model = load_plain(folder, record) if record["form"] == PLAIN else _load_standalone(folder, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(resolve_device(device))
@@ -116,7 +115,8 @@ def _load_standalone(folder: Path, record: dict) -> nn.Module:
     return model
 
 
-def _load_plain(folder: Path, record: dict) -> nn.Module:
+def load_plain(folder: Path, record: dict) -> nn.Module:
+    """The model of an exported folder, on the CPU."""
     if record["widths"]:
         model = _empty(folder, record)
         model.tie_weights()
@@ -213,8 +213,11 @@ def describe(model: nn.Module, form: str, metrics: Mapping[str, object] | None) 
     }
 
 
-def write_about(whole: Path, record: dict, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """replacements.json, the model card, and the tokenizer's files."""
+def write_about(whole: Path, model: nn.Module, record: dict, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """replacements.json, the model card, how to generate (a base brings its own), and the tokenizer's files."""
+    if record["form"] != DELTA and getattr(model, "generation_config", None) is not None:
+        # as it is: save_pretrained refuses settings that published models have, a temperature without sampling for one
+        model.generation_config.to_json_file(whole / "generation_config.json")
     (whole / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     (whole / "README.md").write_text(model_card(record))
     if tokenizer is not None:

@@ -8,9 +8,10 @@ import torch
 from conftest import MODELS, build, save_locally
 from hybrid_blocks import shaken
 from layer_blocks import deep
+from merging_blocks import outputs
 from safetensors.torch import load_file, save_file
 from saved_models import logits, narrow_plan, run_python
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mlpreplace import (
     LowRank,
@@ -29,6 +30,7 @@ from mlpreplace import (
     with_rest,
     without_layers,
 )
+from mlpreplace.empty import empty_model
 from mlpreplace.replacements import Replacement
 from mlpreplace.splice import replacements_of
 
@@ -127,10 +129,17 @@ def test_a_plain_folder(tmp_path, windows):
     assert again.source.id == str(folder) and not again.training
 
 
-def test_models_that_are_no_causal_language_models(tmp_path, windows):
-    compressed = narrow(build("bert"), 24)
-    again = AutoModelForMaskedLM.from_pretrained(export(compressed, tmp_path / "out")).eval()
-    assert torch.equal(logits(again, windows), logits(compressed, windows))
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma2", "phi", "bert", "vit", "marian", "t5"])
+def test_other_architectures(name, tmp_path):
+    model = build(name)
+    if name == "marian":  # its sinusoids are computed anew, never stored
+        for side in (model.model.encoder, model.model.decoder):
+            side.embed_positions.weight.copy_(side.embed_positions.create_weight())
+    plan = {b: shaken(Replacement(NarrowMLP(24), b), i) for i, b in enumerate(find_blocks(model))}
+    compressed = splice(model, plan)
+    again = type(model).from_pretrained(export(compressed, tmp_path / "out")).eval()
+    assert torch.equal(outputs(again, name), outputs(compressed, name))
+    assert not torch.equal(outputs(again, name), outputs(model, name))
 
 
 def test_the_precision_is_exported(tmp_path, windows):
@@ -182,6 +191,13 @@ def test_transformers_refuses_several_widths(tmp_path):
     folder = export(narrow(build("llama"), 24, 16, 8), tmp_path / "out")
     with pytest.raises(RuntimeError, match="per-layer attribute"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_only_widths_differ_by_layer():
+    model = build("llama")
+    model.config.per_layer_config = {1: {"num_attention_heads": 2}}
+    with pytest.raises(ValueError, match="Layer 1 has num_attention_heads of its own"):
+        empty_model(type(model), model.config)
 
 
 def test_tied_embeddings_of_several_widths(tmp_path, windows):
@@ -282,6 +298,15 @@ def test_attention_that_knows_its_layer_stays_in_its_place(tmp_path):
     model = build("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(ValueError, match=r"depends on the number of its layer.*standalone=True"):
         export(splice(model, without_layers(model, [0])), tmp_path / "out")
+
+
+def test_a_tensor_that_a_checkpoint_would_not_hold(tmp_path):
+    """Sinusoids of a Marian that are none would be lost without a word."""
+    model = build("marian")
+    compressed = splice(model, {b: Replacement(NarrowMLP(24), b) for b in find_blocks(model)})
+    with pytest.raises(ValueError, match=r"embed_positions\.weight does not come back.*standalone=True"):
+        export(compressed, tmp_path / "deep" / "out")
+    assert not any((tmp_path / "deep").iterdir())
 
 
 def test_several_precisions(llama, tmp_path):

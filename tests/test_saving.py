@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hybrid_blocks import HYBRIDS, shaken
 from merging_blocks import KINDS, outputs
 from safetensors.torch import load_file, save_file
 from saved_models import logits, narrow_plan, run_python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 import mlpreplace
 from mlpreplace import (
@@ -26,6 +27,7 @@ from mlpreplace import (
     Removed,
     Source,
     TwoLayerMLP,
+    export,
     find_blocks,
     fit,
     load,
@@ -344,6 +346,29 @@ def test_the_record_and_the_card_say_what_it_is(compressed, base, tmp_path):
         assert said in card
     assert f"{record['sparsity']:.1%} of all attention and MLP parameters are gone" in card
     assert AutoTokenizer.from_pretrained(folder)("w3 w4").input_ids == [4, 5]
+
+
+@pytest.mark.parametrize("write", [partial(save, standalone=True), export], ids=["standalone", "export"])
+def test_how_to_generate_is_kept_as_it_is(write, model, tmp_path):
+    """save_pretrained of transformers refuses this one."""
+    compressed = splice(model, narrow_plan(model, 24))
+    compressed.generation_config = GenerationConfig(do_sample=False, temperature=0.5, max_new_tokens=3)
+    again = load(write(compressed, tmp_path / "out"), device="cpu").generation_config
+    assert (again.temperature, again.max_new_tokens) == (0.5, 3)
+
+
+def test_a_class_that_transformers_does_not_have(tmp_path, windows):
+    class Own(LlamaForCausalLM):
+        pass
+
+    model = build("llama")
+    model.__class__ = Own
+    model.source = Source.of(model, "own")
+    compressed = splice(model, narrow_plan(model, 24))
+    with pytest.raises(ValueError, match="no class Own"):
+        save(compressed, tmp_path / "out", standalone=True)
+    again = load(save(compressed, tmp_path / "out"), base=model)
+    assert torch.equal(logits(again, windows), logits(compressed, windows))
 
 
 @FORMS
