@@ -42,8 +42,8 @@ def export(
         tokenizer: to be saved with the model.
 
     Raises:
-        ValueError: nothing was spliced, or something that the architecture has no form for. It has one for :class:`NarrowMLP`, for
-            :class:`Tuned`, and for layers removed whole as :func:`without_layers` does it.
+        ValueError: nothing was spliced, or something that the architecture has no form for. It has one for :class:`NarrowMLP`,
+            for :class:`Tuned`, and for layers removed whole as :func:`without_layers` does it.
         FileExistsError: ``folder`` exists.
     """
     folder = new_folder(folder)
