@@ -24,6 +24,7 @@ from .capture import BlockStatistics, Sample, capture, merge, sample
 from .damage import local_damage, measured_damage, second_order_damage
 from .data import load_windows, text_name
 from .evaluate import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
+from .export import export
 from .fit import fit, fit_all
 from .heal import Healing, heal
 from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock
@@ -48,10 +49,11 @@ from .replacements import (
 from .reports import Errors, FitReport, TrainingReport, loss_rows, report_rows
 from .results import result_rows, score_rows
 from .sampling import sample_windows
+from .saving import load, save
 from .search import search
 from .similarity import Units, capture_units, cka_map, match
 from .speed import flops, ideal_speedup, latency, size_bytes, speed_rows
-from .splice import load, save, sparsity, splice, spliced
+from .splice import sparsity, splice, spliced
 from .stream import Span, capture_spans, capture_stream
 from .tasks import BUNDLED_TASKS, TaskResult, accuracy_retained, evaluate_tasks, task_rows
 from .texts import documents

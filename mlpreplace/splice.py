@@ -1,25 +1,17 @@
-"""Put replacements into a model, take them out again, save and load what was replaced."""
+"""Put replacements into a model and take them out again."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .blocks import Block, block_parameters, find_blocks
-from .cache import whole_folder
-from .layers import layer_blocks
-from .models import Source, load_model
+from .blocks import Block, block_parameters
 from .past import cache_among, count_tokens, watch
-from .replacements import Family, FitReport, Replacement
+from .replacements import Replacement
 
 Plan = Mapping[Block, Replacement]
 
@@ -138,80 +130,3 @@ def removed_parameters(plan: Plan) -> int:
 def sparsity(model: nn.Module, plan: Plan) -> float:
     """Net parameters removed ÷ parameters of all attention and MLP blocks of the dense ``model``."""
     return removed_parameters(plan) / block_parameters(model)
-
-
-def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write the replacements of a spliced model: replacements.safetensors, and replacements.json that names the base.
-
-    Only what was replaced is written, and a body that stands in several places once. The folder appears when it is whole and
-    never overwrites another.
-
-    Raises:
-        ValueError: nothing was spliced, or the base model's source is not known (it was not made by load_model).
-        FileExistsError: ``folder`` exists.
-    """
-    folder = Path(folder)
-    found = replacements_of(model)
-    source = getattr(model, "source", None)
-    if not found:
-        raise ValueError("No replacement was spliced into this model; there is nothing to save.")
-    if source is None:
-        raise ValueError("The base model's source is not known. Load it with load_model, or set model.source = Source(id).")
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists; choose a new folder.")
-    owners = {r.body: name for name, r in reversed(found.items())}  # the first place of each body
-    record = {
-        "base": source.as_dict(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "replacements": {
-            name: {**r.family.as_dict(), "report": asdict(r.report) if r.report else None, "body": owners[r.body]}
-            for name, r in found.items()
-        },
-    }
-    owned = {name: found[name].state_dict() for name in owners.values()}
-    tensors = {f"{name}.{key}": t.contiguous() for name, state in owned.items() for key, t in state.items()}
-    with whole_folder(folder) as whole:
-        save_file(tensors, whole / "replacements.safetensors")
-        (whole / "replacements.json").write_text(json.dumps(record, indent=2) + "\n")
-    return folder
-
-
-def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = None) -> nn.Module:
-    """The model that :func:`save` wrote, its base loaded anew: the same logits, bit for bit on the same machine. What stood in
-    several places does so again.
-
-    Args:
-        base: the dense model, where :func:`~mlpreplace.models.load_model` cannot load it: it loads causal language models. Its
-            ``source`` and precision must be those it had when it was compressed. ``device`` is then the one it is on.
-
-    Raises:
-        FileNotFoundError: no replacements.json in ``folder``.
-        ValueError: the base model is not the one that was compressed.
-    """
-    folder = Path(folder)
-    if not (folder / "replacements.json").exists():
-        raise FileNotFoundError(f"{folder} holds no replacements.json; expected a folder written by mlpreplace.save.")
-    record = json.loads((folder / "replacements.json").read_text())
-    source, dtype, model = Source(**record["base"]), getattr(torch, record["dtype"]), base
-    if model is None:
-        model, _ = load_model(source.id, revision=source.revision, device=device, dtype=dtype)
-    if (found := getattr(model, "source", None)) != source:
-        raise ValueError(f"The base model differs: {folder} was made from {source}, found {found}.")
-    if model.dtype != dtype:
-        raise ValueError(f"The base model is in {model.dtype}, {folder} was made in {dtype}.")
-    tensors = load_file(folder / "replacements.safetensors")
-    blocks = {b.name: b for kind in ("mlp", "attention") for b in find_blocks(model, kind)}
-    if record["replacements"].keys() - blocks.keys():
-        blocks = layer_blocks(model) | blocks
-    plan = {}
-    for name, spec in record["replacements"].items():
-        report, owner = spec.pop("report"), spec.pop("body", name)
-        replacement = Replacement(Family.from_dict(spec), blocks[name])
-        if owner == name:
-            state = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-            replacement.load_state_dict(state)
-        else:  # which was saved before
-            replacement.body = plan[blocks[owner]].body
-        replacement.report = FitReport.from_dict(report) if report else None
-        plan[blocks[name]] = replacement
-    return splice(model, plan)

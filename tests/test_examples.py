@@ -23,4 +23,4 @@ def test_readme_code_runs(tmp_path, monkeypatch, capsys, registry):
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), namespace)
     assert "tokens" in capsys.readouterr().out
-    assert (tmp_path / "out" / "replacements.json").exists()
+    assert all((tmp_path / folder / "replacements.json").exists() for folder in ("out", "whole", "plain"))

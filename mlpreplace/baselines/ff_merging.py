@@ -49,9 +49,7 @@ class Merged(Family):
         return sum(t.numel() for t in vars(weights).values() if t is not None)
 
     def build(self, block: Block) -> nn.Module:
-        weights = block.weights()
-        has_bias = weights.up_bias is not None, weights.down_bias is not None
-        return GatedMLP(block.hidden_size, block.intermediate_size, block.activation, weights.gate is not None, *has_bias)
+        return GatedMLP(block, block.intermediate_size)
 
 
 def permuted(weights: MLPWeights, order: Tensor) -> MLPWeights:
