@@ -144,7 +144,8 @@ def test_other_architectures(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "falcon with biases"])
 def test_the_precision_is_exported(name, tmp_path, windows):
-    compressed = narrow(built(name).to(torch.bfloat16), 24)
+    model, _ = load_model(save_locally(built(name), tmp_path / "base"), device="cpu", dtype=torch.bfloat16)
+    compressed = narrow(model, 24)
     again = AutoModelForCausalLM.from_pretrained(export(compressed, tmp_path / "out")).eval()
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert torch.equal(all_logits(again, windows), all_logits(compressed, windows))
@@ -308,6 +309,12 @@ def test_a_tensor_that_a_checkpoint_would_not_hold(tmp_path):
     with pytest.raises(ValueError, match=r"embed_positions\.weight does not come back.*standalone=True"):
         export(compressed, tmp_path / "deep" / "out")
     assert not any((tmp_path / "deep").iterdir())
+
+
+def test_frequencies_that_were_cast(tmp_path):
+    """transformers computes them in float32 again."""
+    with pytest.raises(ValueError, match=r"inv_freq does not come back.*cast.*standalone=True"):
+        export(narrow(build("llama").to(torch.bfloat16), 24), tmp_path / "out")
 
 
 def test_several_precisions(llama, tmp_path):
