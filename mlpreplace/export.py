@@ -52,13 +52,14 @@ def export(
         raise ValueError(f"{record['int8'][0]} computes in int8; {_INSTEAD}.")
     dense = empty_model(type(model), model.config, meta=True)
     tensors, widths, gone = _unspliced(model, dense)
+    buffers = {name: t for name, t in model.named_buffers() if name not in tensors_inside(model)}
     tensors = _renumbered(tensors, gone)
     plain = _plain(type(model), _shrunk(model.config, dense, widths, gone), tensors)
     record["widths"] = plain.config.is_heterogeneous
     with whole_folder(folder) as whole, no_progress_bars():
         # on disk some architectures have other names, which from_pretrained translates; mlpreplace.load does not
         plain.save_pretrained(whole, save_original_format=not record["widths"])
-        _read_back(whole, record, tensors)
+        _read_back(whole, record, _renumbered(buffers, gone) | tensors)
         write_about(whole, model, record, tokenizer)
     return folder
 
@@ -163,8 +164,12 @@ def _plain(model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors
     return plain
 
 
-def _read_back(whole: Path, record: dict, tensors: Tensors) -> None:
-    """Raise ValueError unless what was written is what is loaded: formats leave out what an architecture is said to know."""
-    found = load_plain(whole, record).state_dict()
-    if lost := [name for name, t in tensors.items() if name not in found or not torch.equal(found[name], t.detach().cpu())]:
-        raise ValueError(f"{lost[0]} does not come back as it was from a checkpoint of a {record['model']}: {_INSTEAD}.")
+def _read_back(whole: Path, record: dict, expected: Tensors) -> None:
+    """Raise ValueError unless what was written is what is loaded: it leaves out what an architecture is said to know."""
+    plain = load_plain(whole, record)
+    found = dict(plain.named_buffers()) | plain.state_dict()
+    if lost := [name for name, t in expected.items() if name not in found or not torch.equal(found[name], t.detach().cpu())]:
+        raise ValueError(
+            f"{lost[0]} does not come back as it was from a checkpoint of a {record['model']} (was it cast? then load the base "
+            f"in that precision): {_INSTEAD}."
+        )

@@ -57,7 +57,7 @@ def narrow(model, *widths: int):
 
 def all_logits(model, windows) -> torch.Tensor:
     """Of whole windows and of single tokens: a product with one row is computed in another way."""
-    return torch.cat([logits(model, windows).flatten(0, 1), logits(model, windows[:, :1])[:1, 0]])
+    return torch.cat([logits(model, windows).flatten(0, 1), logits(model, windows[:1, :1])[0]])
 
 
 def without_attention(model, layer: int):
@@ -87,7 +87,7 @@ found = {}
 for i, folder in enumerate(sys.argv[3:]):
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        found[str(i)] = torch.cat([model(windows).logits.flatten(0, 1), model(windows[:, :1]).logits[:1, 0]])
+        found[str(i)] = torch.cat([model(windows).logits.flatten(0, 1), model(windows[:1, :1]).logits[0]])
 save_file(found, sys.argv[2])
 try:
     import mlpreplace
@@ -142,8 +142,10 @@ def test_other_architectures(name, tmp_path):
     assert not torch.equal(outputs(again, name), outputs(model, name))
 
 
-def test_the_precision_is_exported(tmp_path, windows):
-    compressed = narrow(build("gpt2").to(torch.bfloat16), 24)
+@pytest.mark.parametrize("name", ["gpt2", "falcon with biases"])
+def test_the_precision_is_exported(name, tmp_path, windows):
+    model, _ = load_model(save_locally(built(name), tmp_path / "base"), device="cpu", dtype=torch.bfloat16)
+    compressed = narrow(model, 24)
     again = AutoModelForCausalLM.from_pretrained(export(compressed, tmp_path / "out")).eval()
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert torch.equal(all_logits(again, windows), all_logits(compressed, windows))
@@ -307,6 +309,12 @@ def test_a_tensor_that_a_checkpoint_would_not_hold(tmp_path):
     with pytest.raises(ValueError, match=r"embed_positions\.weight does not come back.*standalone=True"):
         export(compressed, tmp_path / "deep" / "out")
     assert not any((tmp_path / "deep").iterdir())
+
+
+def test_frequencies_that_were_cast(tmp_path):
+    """transformers computes them in float32 again."""
+    with pytest.raises(ValueError, match=r"inv_freq does not come back.*cast.*standalone=True"):
+        export(narrow(build("llama").to(torch.bfloat16), 24), tmp_path / "out")
 
 
 def test_several_precisions(llama, tmp_path):
