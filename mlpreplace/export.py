@@ -52,14 +52,14 @@ def export(
         raise ValueError(f"{record['int8'][0]} computes in int8; {_INSTEAD}.")
     dense = empty_model(type(model), model.config, meta=True)
     tensors, widths, gone = _unspliced(model, dense)
-    buffers = {name: t for name, t in model.named_buffers() if name not in tensors_inside(model)}
-    tensors = _renumbered(tensors, gone)
+    inside, tensors = tensors_inside(model), _renumbered(tensors, gone)
+    buffers = _renumbered({name: t for name, t in model.named_buffers() if name not in inside}, gone)
     plain = _plain(type(model), _shrunk(model.config, dense, widths, gone), tensors)
     record["widths"] = plain.config.is_heterogeneous
     with whole_folder(folder) as whole, no_progress_bars():
         # on disk some architectures have other names, which from_pretrained translates; mlpreplace.load does not
         plain.save_pretrained(whole, save_original_format=not record["widths"])
-        _read_back(whole, record, _renumbered(buffers, gone) | tensors)
+        _read_back(whole, record, buffers | tensors)
         write_about(whole, model, record, tokenizer)
     return folder
 
