@@ -117,6 +117,22 @@ def test_readme_results_are_those_of_the_figure(figure, head, names):
                 assert float(shown) == pytest.approx(ratios[names[method], sparsity, domain], abs=0.6 * 10**-digits), method
 
 
+def test_readme_scores_are_those_of_the_figure():
+    """Before → after tuning, a column a task: language, vision, encoder, decoder."""
+    rows = json.loads((ROOT / "figures" / "06_merging.json").read_text())["rows"]
+    scores = {(r["method"], r["task"], r["tuned"]): r["score"] for r in rows if r["saved"] == 0.5}
+    tasks = list(dict.fromkeys(task for _, task, _ in scores))
+    table = (ROOT / "README.md").read_text().partition("| a half of the MLPs saved |")[2].partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert {method for method, *_ in lines} == {method for method, *_ in scores}
+    for method, *cells in lines:
+        for task, cell in zip(tasks, cells, strict=True):
+            for tuned, shown in zip((False, True), cell.split(" → "), strict=True):
+                number, share = re.search(r"[\d.]+", shown).group(), 0.01 if shown.endswith("%") else 1
+                close = 0.6 * share * 10 ** -len(number.partition(".")[2])
+                assert float(number) * share == pytest.approx(scores[method, task, tuned], abs=close), (method, task)
+
+
 def test_readme_errors_are_those_of_the_figure():
     """Every family's row: mean over the blocks of the median held-out error at a quarter of a block's parameters."""
     rows = json.loads((ROOT / "figures" / "02_error_vs_parameters.json").read_text())["rows"]
