@@ -36,6 +36,12 @@ class Stack:
         if len({path is None for path in (self.up, self.down, self.activation)}) > 1 or (self.gate and not self.up):
             raise ValueError(f"Neurons need up, down and activation together, with or without gate; got {self}.")
 
+    @classmethod
+    def from_dict(cls, fields: dict) -> Stack:
+        """The inverse of ``dataclasses.asdict``, also after json, which knows no tuples."""
+        groups = (group if isinstance(group, str) else tuple(group) for group in fields["attention"])
+        return cls(**fields | {"mlp": tuple(fields["mlp"]), "attention": tuple(groups)})
+
 
 Architecture = tuple[Stack, ...]
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from .architectures import ARCHITECTURES, Stack, register_architecture
 from .blocks import KINDS, Block, find_blocks
 from .cache import fingerprint, whole_folder
 from .card import model_card
@@ -28,6 +29,7 @@ from .models import Source, load_model, no_progress_bars, resolve_device, weight
 from .quantize import Int8Linear
 from .replacements import Family, FitReport, Replacement
 from .splice import replacements_of, sparsity, splice
+from .structure import layer_lists, type_of
 
 RECORD = "replacements.json"
 DELTA, STANDALONE, PLAIN = "delta", "standalone", "plain"
@@ -93,6 +95,9 @@ def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = N
     if not (folder / RECORD).exists():
         raise FileNotFoundError(f"{folder} holds no {RECORD}; expected a folder written by mlpreplace.save or export.")
     record = json.loads((folder / RECORD).read_text())
+    architecture = record["architecture"]
+    if architecture["type"] not in ARCHITECTURES:  # registered, or guessed, where it was compressed
+        register_architecture(architecture["type"], *map(Stack.from_dict, architecture["stacks"]))
     if record["form"] == DELTA:
         return _load_delta(folder, record, device, base)
     if base is not None:
@@ -200,6 +205,7 @@ def describe(model: nn.Module, form: str, metrics: Mapping[str, object] | None) 
         "form": form,
         "base": source.as_dict() | {"weights": fingerprint(source.weights) if source.weights else None} if source else None,
         "model": type(model).__name__,
+        "architecture": {"type": type_of(dense), "stacks": [asdict(stack) for stack, _, _ in layer_lists(dense)]},
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": {"dense": dense.num_parameters(), "compressed": sum(p.numel() for p in model.parameters())},
         "sparsity": sparsity(dense, {blocks[name]: r for name, r in found.items()}),

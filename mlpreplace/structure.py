@@ -32,13 +32,18 @@ def _language_model(model: nn.Module) -> tuple[str, nn.Module]:
     return next(inside, ("", model))
 
 
+def type_of(model: nn.Module) -> str:
+    """The type that says where the blocks of ``model`` are: its own, or its language model's."""
+    return _language_model(model)[1].config.model_type
+
+
 def _architecture(model: nn.Module) -> Architecture:
     """Where the blocks of ``model`` are, by its type; of a model around a language model, where they are in that.
 
     A type that is not registered is guessed from the structure of the model, with a warning, and kept as if registered: what
     is spliced later no longer has that structure.
     """
-    model_type = _language_model(model)[1].config.model_type if hasattr(model, "config") else None
+    model_type = type_of(model) if hasattr(model, "config") else None
     if model_type not in ARCHITECTURES:
         stack = _guess(model, model_type)
         warnings.warn(

@@ -275,9 +275,9 @@ def test_experts_are_not_merged(name):
 def saved_and_loaded(name: str, plan, folder):
     """The model of ``plan``, saved and loaded again; by its folder alone where load_model loads the base."""
     if name in LOADED_WITH_A_BASE:
-        model, fresh = build(name), build(name)
-        model.source = fresh.source = Source("hub/somewhere", revision="abc")
-        return load(save(splice(model, plan), folder / "out"), base=fresh)
+        model = build(name)
+        model.source = Source.of(model, "hub/somewhere")
+        return load(save(splice(model, plan), folder / "out"), base=build(name))
     model, _ = load_model(save_locally(build(name), folder / "base"), device="cpu")
     return load(save(splice(model, plan), folder / "out"), device="cpu")
 

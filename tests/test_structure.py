@@ -79,8 +79,8 @@ def test_a_guess_says_so_and_what_it_took(name, unknown, registry):
 @pytest.mark.filterwarnings("ignore:.*is no registered architecture")
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_was_guessed_is_captured_fitted_replaced_and_saved(name, unknown, registry, tmp_path):
-    model, fresh = build(name), build(name)
-    model.source = fresh.source = Source("hub/somewhere", revision="abc")
+    model = build(name)
+    model.source = Source.of(model, "hub/somewhere")
     dense, (mlps, stats) = outputs(model, name), capture_quietly(model, random_windows())
     if UNKNOWN[name][2]:
         with spliced(model, {b: fit(b, stats, NarrowMLP(INTERMEDIATE)) for b in mlps}):
@@ -89,8 +89,12 @@ def test_what_was_guessed_is_captured_fitted_replaced_and_saved(name, unknown, r
     plan = {b: fit(b, stats | of_attention, LowRank(4)) for b in (*mlps, *attentions[:2])}
     compressed = splice(model, plan)
     assert find_blocks(compressed) == mlps and not any(b.has_neurons for b in find_blocks(compressed))
-    registry.pop(name)  # another process has to guess again
-    assert torch.equal(outputs(load(save(compressed, tmp_path / "out"), base=fresh), name), outputs(compressed, name))
+    delta, alone = save(compressed, tmp_path / "delta"), save(compressed, tmp_path / "alone", standalone=True)
+    for folder, base in ((delta, build(name)), (alone, None)):
+        registry.pop(name)  # another process is told, and need not guess again
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(outputs(load(folder, device="cpu", base=base), name), outputs(compressed, name))
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     cached, full = (compressed.generate(random_windows(2), use_cache=u, **options) for u in (True, False))
     assert torch.equal(cached, full) and not torch.equal(outputs(compressed, name), dense)
