@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_locally
-from tiny_models import ENCODERS, HIDDEN, INTERMEDIATE, MIXTURES, MODELS, SEQ2SEQ, VISION_ONLY, batches_for, build, outputs
+from tiny_models import (
+    ENCODERS,
+    HIDDEN,
+    INTERMEDIATE,
+    MIXTURES,
+    MODELS,
+    MULTIMODAL,
+    SEQ2SEQ,
+    VISION_ONLY,
+    batches_for,
+    build,
+    outputs,
+)
 from torch.testing import assert_close
 
 from mlpreplace import (
@@ -21,6 +33,7 @@ from mlpreplace import (
     TwoLayerMLP,
     capture,
     count_parameters,
+    export,
     find_blocks,
     fit,
     load,
@@ -53,8 +66,8 @@ FAMILIES = {  # as the README calls them: the tiny models that stand for them he
     "BART, Marian": ["bart", "marian"],
     "ViT, DeiT": ["vit", "deit"],
 }
-COLUMNS = ("capture", "replace", "SubFit-style", "merge", "save, load")
-REFUSED = {"SubFit-style": SEQ2SEQ, "merge": MIXTURES}
+COLUMNS = ("capture", "replace", "SubFit-style", "merge", "save, load", "export")
+REFUSED = {"SubFit-style": SEQ2SEQ, "merge": MIXTURES, "export": [*MIXTURES, *MULTIMODAL]}
 GENERATES = [name for name in MODELS if name not in (*ENCODERS, *VISION_ONLY)]
 LOADED_WITH_A_BASE = [*ENCODERS, *SEQ2SEQ, *VISION_ONLY, "llava"]  # load_model loads causal language models
 KINDS = ("mlp", "attention")
@@ -289,3 +302,29 @@ def test_saved_and_loaded_outputs_are_the_same_bit_for_bit(name, tmp_path):
     assert torch.equal(outputs(again, name), outputs(splice(known(name)[0], plan), name))
     found = {block_name: (r.family, r.report) for block_name, r in replacements_of(again).items()}
     assert found == {b.name: (r.family, r.report) for b, r in plan.items()}
+
+
+# export
+
+
+@pytest.mark.parametrize("name", able("export"))
+def test_transformers_loads_what_was_exported(name, tmp_path):
+    model, mlps, _, stats = known(name)
+    if name == "marian":  # its sinusoids are computed anew, never stored
+        model = copy.deepcopy(model)
+        for side in (model.model.encoder, model.model.decoder):
+            side.embed_positions.weight.copy_(side.embed_positions.create_weight())
+    plan = {b: fit(b, stats, NarrowMLP(24)) for b in mlps}
+    compressed = splice(model, plan)
+    again = type(model).from_pretrained(export(compressed, tmp_path / "out")).eval()
+    assert torch.equal(outputs(again, name), outputs(compressed, name))
+    assert not torch.equal(outputs(again, name), outputs(model, name))
+    assert count_parameters(again)["total"] == count_parameters(compressed)["total"]
+
+
+@pytest.mark.parametrize("name", REFUSED["export"])
+def test_what_the_architecture_has_no_form_for_is_not_exported(name, tmp_path):
+    plan = {b: r for b, r in small_plan(name).items() if b.kind == "mlp"}
+    with pytest.raises(ValueError, match=r"save\(model, folder, standalone=True\) writes any model"):
+        export(splice(known(name)[0], plan), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
