@@ -236,6 +236,7 @@ KILLED = """
 import sys, json, torch
 sys.path.insert(0, "tests")
 from conftest import capture_quietly
+from tiny_models import build, random_windows
 from mlpreplace import NarrowMLP, Training, fit
 torch.set_num_threads(1)
 blocks, stats = capture_quietly(build("llama"), random_windows(40), sample_windows=None, validation_windows=8)
