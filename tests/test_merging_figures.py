@@ -46,6 +46,12 @@ def test_merging_has_a_column_a_task_and_a_row_before_and_after_tuning():
     assert [axes.get_yscale() for axes in panels[0]] == ["log", "linear"]
 
 
+def test_what_was_tuned_on_stands_above_the_panel():
+    rows = pd.concat([scores("language", RATIO).assign(tuned_on=16_384), scores("vision", "accuracy")], ignore_index=True)
+    titles = [axes.get_title(loc) for axes in merging(rows).axes for loc in ("left", "center")]
+    assert {"language, tuned on 16,384 tokens", "vision, tuned"} <= set(titles)
+
+
 def test_what_was_not_tuned_has_no_lower_panel():
     upper, lower = merging(scores("language", RATIO, tuned=(False,))).axes
     assert upper.get_visible() and not lower.get_visible()

@@ -30,7 +30,7 @@ def merging(rows: pd.DataFrame) -> Figure:
 
     Args:
         rows: task, measure (the axis), method (a look here, or "dense"), saved (share of MLPs), tuned (bool), score, ci_low,
-            ci_high; a task of which nothing was tuned leaves its lower panel out.
+            ci_high; and where it is known, tuned_on (tokens). A task of which nothing was tuned leaves its lower panel out.
     """
     tasks = list(rows["task"].unique())
     size = (2.5 * len(tasks) + 0.3, 4.6)
@@ -45,7 +45,7 @@ def merging(rows: pd.DataFrame) -> Figure:
                 continue
             _scores(axes, part)
             axes.axhline(dense["score"], color="0.2", linewidth=1)
-            axes.set_title(f"{task}, {'tuned' if tuned else 'not tuned'}", fontsize=8)
+            axes.set_title(f"{task}, {_tuning(part) if tuned else 'not tuned'}", fontsize=8)
             axes.set_ylabel(dense["measure"])
             axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
             if dense["measure"] == RATIO:
@@ -63,6 +63,11 @@ def _scores(axes: Axes, rows: pd.DataFrame) -> None:
         line = line.sort_values("saved")
         span = np.stack([line["score"] - line["ci_low"], line["ci_high"] - line["score"]]).clip(0)
         axes.errorbar(line["saved"], line["score"], yerr=span, capsize=2, elinewidth=0.8, **MERGING_LOOKS[method])
+
+
+def _tuning(rows: pd.DataFrame) -> str:
+    tokens = rows["tuned_on"].max() if "tuned_on" in rows else float("nan")
+    return "tuned" if np.isnan(tokens) else f"tuned on {tokens:,.0f} tokens"
 
 
 def _legend(methods: pd.Series) -> tuple[list[Line2D], list[str]]:
