@@ -20,7 +20,7 @@ RUN     = $(PY) notebooks/run.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
-	@echo "            [WORKERS=2: tests side by side, up to 8 GB each]"
+	@echo "            [WORKERS=2: tests side by side, 24 GB for two]"
 	@echo "            [PYTHON=python3.12] [VENV=path of an environment, made if missing]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
