@@ -93,7 +93,7 @@ def _fit(
     replacement = Replacement(family, block)
     entry = checkpoint = None
     if cached:
-        key = fingerprint(block, *block.modules, s, family, how, training, sorted(samples))
+        key = fingerprint(block, *block.modules, s, family, type(family), how, training, sorted(samples))
         entry, checkpoint = Entry("fit", "fit", key), Entry("fit", "training", key)
         if (stored := entry.load()) is not None:
             replacement.report = FitReport.from_dict(json.loads(bytes(stored.pop("report").tolist())))

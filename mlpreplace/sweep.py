@@ -96,7 +96,12 @@ def sweep(
 
 
 def _run(
-    model: nn.Module, ids: Tensor, plans: Sequence[Plan], steps: Sequence[Step], kl: bool, ran: Callable[[], object] = lambda: None
+    model: nn.Module,
+    ids: Tensor,
+    plans: Sequence[Plan],
+    steps: Sequence[Step],
+    kl: bool,
+    ran: Callable[[], object] = lambda: None,
 ) -> list[np.ndarray]:
     """One batch of :func:`sweep`; calls ``ran`` after each step."""
     stacks = layer_lists(model)
