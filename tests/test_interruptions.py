@@ -132,7 +132,7 @@ print(json.dumps([m.kl.tolist() for m in measured.values()]))
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(cache, limit): captures, fits and a sweep, cached; all that are launched begin at once, when ``wait_for`` are ready."""
+    """launch(cache, limit): captures, fits and a sweep, cached; those that wait for each other begin at once."""
 
     def launch(cache: str, limit: int = 0, wait_for: int = 1, number: int = 0) -> subprocess.Popen:
         group = tmp_path / f"group-{cache}-{limit}-{wait_for}"
