@@ -21,10 +21,17 @@ SLOW = Training(epochs=60, batch_tokens=16, check_tokens=64, patience=10**6)  # 
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A client of two worker processes of this machine, of one thread each."""
+def shared(tmp_path_factory):
+    """The cache of all workers."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def cluster(shared):
+    """A client of two worker processes of this machine, of one thread each; one that dies is replaced."""
     distributed = pytest.importorskip("distributed", reason="needs the extra: pip install -e '.[cluster]'")
     options = {"dashboard_address": None, "worker_dashboard_address": None, "host": "127.0.0.1"}
+    options["env"] = {"MLPREPLACE_CACHE": str(shared)}  # which a worker that comes later has as well
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, **options) as workers:
         with distributed.Client(workers) as client:
             yield client
@@ -150,13 +157,13 @@ def test_a_killed_worker_of_this_machine_is_an_error_and_a_rerun_is_whole(tmp_pa
         assert list(spread(die_once, jobs, threads=1)) == list(range(8))
 
 
-def test_trainings_survive_the_death_of_both_workers(cluster, pairs, results):
+def test_trainings_survive_the_death_of_both_workers(cluster, shared, pairs, monkeypatch):
     """Killed one after the other, in the middle of trainings that leave checkpoints: the bits of a run that nobody disturbed."""
     _, blocks, stats = pairs
     options = dict(training=SLOW, progress=False)
     whole = fit_all(blocks, stats, [NarrowMLP(16), LowRank(8)], **options)
-    cluster.run(os.environ.__setitem__, "MLPREPLACE_CACHE", str(results.parent))
-    doomed, killed = list(cluster.run(os.getpid).values()), []
+    monkeypatch.setenv("MLPREPLACE_CACHE", str(shared))
+    results, doomed, killed = shared / "results", list(cluster.run(os.getpid).values()), []
 
     def kill():
         for pid in doomed:
