@@ -72,7 +72,9 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def kill_kernel(process: subprocess.Popen) -> None:
     """As an operating system out of memory: the process that holds it goes, and the runner says what happened."""
-    for victim in kernel(process):
+    while not (started := kernel(process)):
+        time.sleep(0.01)
+    for victim in started:
         victim.send_signal(signal.SIGKILL)
 
 
@@ -82,27 +84,27 @@ def interrupt(process: subprocess.Popen) -> None:
 
 
 @pytest.mark.notebooks
+@pytest.mark.bundled
 def test_a_notebook_killed_at_random_moments_draws_the_same_figures(start, tmp_path):
-    began = time.time()
+    """Moments are counted in results on disk, which come in bursts, and some time after: also on a machine that is busy."""
+
+    def kept(name: str) -> int:
+        return len(list((tmp_path / name / "cache" / "results").glob("*.safetensors")))
+
     assert start("undisturbed").wait(timeout=900) == 0, (tmp_path / "undisturbed" / "log").read_text()
-    seconds = time.time() - began
-    whole = rows(tmp_path / "undisturbed" / "figures")
+    whole, chance = rows(tmp_path / "undisturbed" / "figures"), random.Random(0)
     assert len(whole) == 3
-    chance, ways, found = random.Random(0), [kill_all, kill_kernel, interrupt, kill_all, kill_kernel], []
-    while ways:
+    for kill in (kill_all, kill_kernel, interrupt, kill_all, kill_kernel):
+        most = chance.uniform(kept("disturbed"), kept("undisturbed"))
         process = start("disturbed")
-        try:
-            process.wait(timeout=chance.uniform(0.3, 0.9) * seconds)
-        except subprocess.TimeoutExpired:
-            ways[0](process)
-        if process.wait(timeout=120) == 0:  # it was faster
-            seconds *= 0.7
-            continue
-        ways.pop(0)
-        found.append(len(list((tmp_path / "disturbed" / "cache").glob("results/*.safetensors"))))
+        while process.poll() is None and kept("disturbed") < most:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.5))
+        kill(process)
+        assert process.wait(timeout=120) != 0, "an interrupted run must not pass for a whole one"
+        assert kept("disturbed") >= most, "what was whole is kept"
     assert start("disturbed").wait(timeout=900) == 0, (tmp_path / "disturbed" / "log").read_text()
     assert rows(tmp_path / "disturbed" / "figures") == whole
-    assert found == sorted(found) and found[-1] > 0, "what was whole was kept"
     assert "its process was killed" in (tmp_path / "disturbed" / "log").read_text()
 
 
