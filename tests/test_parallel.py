@@ -163,6 +163,7 @@ def test_trainings_survive_the_death_of_both_workers(cluster, shared, pairs, mon
     options = dict(training=SLOW, progress=False)
     whole = fit_all(blocks, stats, [NarrowMLP(16), LowRank(8)], **options)
     monkeypatch.setenv("MLPREPLACE_CACHE", str(shared))
+    cluster.wait_for_workers(2, timeout=60)  # an earlier test may have killed one
     results, doomed, killed = shared / "results", list(cluster.run(os.getpid).values()), []
 
     def kill():
