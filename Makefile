@@ -65,7 +65,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.12")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -c constraints.txt pip
-	$(PY) -m pip install -c constraints.txt -e '.[notebooks,test]'
+	$(PY) -m pip install -c constraints.txt -e '.[cluster,notebooks,test]'
 	@touch $@
 
 # pip shows progress, resumes, checks each hash, and replaces a file whose hash is wrong.

@@ -48,7 +48,9 @@ class Block:
     activation: nn.Module | None = field(compare=False, repr=False)
 
     def cache_key(self) -> tuple:
-        return self.name, self.kind
+        """Its name, and what its architecture says of it."""
+        names = {module: name for name, module in self.host.named_modules()}
+        return self.name, self.kind, self.paths, [names.get(getattr(self, role)) for role in ROLES]
 
     @property
     def has_neurons(self) -> bool:

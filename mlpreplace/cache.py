@@ -15,9 +15,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
+from inspect import isfunction
 from pathlib import Path
+from types import CodeType
 
 import numpy as np
+import scipy
 import torch
 import transformers
 import xxhash
@@ -40,14 +43,16 @@ def code_hash(module: str) -> str:
     todo, seen = [module], {}
     while todo:
         name = todo.pop()
-        path = PACKAGE / f"{name}.py"
-        if name in seen or not path.exists():
+        path = next((p for p in (PACKAGE / f"{name}.py", PACKAGE / name / "__init__.py") if p.exists()), None)
+        if name in seen or path is None:
             continue
         with _PARSING:
             tree = ast.parse(path.read_bytes())
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                todo += [node.module] if node.module else [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and node.level:
+                above = path.relative_to(PACKAGE).parents[node.level - 1]  # the folder that the dots stand for
+                modules = [node.module.replace(".", "/")] if node.module else [alias.name for alias in node.names]
+                todo += [(above / m).as_posix() for m in modules]
             body = getattr(node, "body", None)
             if isinstance(body, list):  # a text that stands alone does nothing
                 node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
@@ -55,8 +60,29 @@ def code_hash(module: str) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join(seen[name] for name in sorted(seen)).encode())
 
 
+def _behaviour(kind: type) -> list:
+    """What the objects of a class do: the code of the class's module in this package; of any other class its functions."""
+    found = []
+    for base in kind.__mro__:
+        package, _, module = base.__module__.partition(".")
+        if package == PACKAGE.name:
+            found.append(code_hash(module.replace(".", "/")))
+        elif base.__module__ != "builtins":
+            found += [(name, _instructions(f.__code__)) for name, f in sorted(vars(base).items()) if isfunction(f)]
+    return found
+
+
+def _instructions(code: CodeType) -> list:
+    constants = [_instructions(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), code.co_names, constants]
+
+
 def fingerprint(*values) -> str:
-    """Hash of values by content: numbers, strings, containers, tensors, dataclasses and modules (parameters, buffers)."""
+    """Hash of values by content: numbers, strings, containers, tensors, dataclasses and modules.
+
+    A module is its configuration, parameters and buffers, the type of device it is on, and the ``cache_key`` of what is
+    within that has one.
+    """
     digest = xxhash.xxh3_128()
     for value in values:
         _update(digest, value)
@@ -74,8 +100,13 @@ def _update(digest, value) -> None:
     elif isinstance(value, nn.Module):
         _update(digest, getattr(getattr(value, "config", None), "to_dict", dict)())
         for name, tensor in value.state_dict(keep_vars=True).items():
-            digest.update(name.encode())
+            digest.update(f"{name}@{tensor.device.type}".encode())  # another device adds up in another order
             _update(digest, tensor)
+        for name, module in value.named_modules():
+            if hasattr(module, "cache_key"):
+                _update(digest, (name, module.cache_key()))
+    elif isinstance(value, type):
+        _update(digest, (value.__qualname__, _behaviour(value)))
     elif hasattr(value, "cache_key"):
         _update(digest, value.cache_key())
     elif is_dataclass(value):
@@ -100,7 +131,7 @@ class Entry:
     """One cached result: a dict of tensors in a file named by its key."""
 
     def __init__(self, module: str, name: str, *key):
-        versions = torch.__version__, transformers.__version__
+        versions = [library.__version__ for library in (np, scipy, torch, transformers)]
         self.path = cache_dir() / "results" / f"{name}-{fingerprint(code_hash(module), versions, *key)}.safetensors"
 
     def load(self) -> dict[str, Tensor] | None:
@@ -111,8 +142,14 @@ class Entry:
             return None
 
     def save(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store ``tensors``; on a full disk nothing is left behind and OSError says so."""
-        write_atomically(self.path, lambda path: save_file({k: t.contiguous() for k, t in tensors.items()}, path))
+        """Store ``tensors``; where that fails, nothing is left behind and OSError says so."""
+        try:
+            write_atomically(self.path, lambda path: save_file({k: t.contiguous() for k, t in tensors.items()}, path))
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"A result could not be kept in {self.path.parent} ({error}). Make room (make clean empties it) or name another "
+                "folder by MLPREPLACE_CACHE, and run again: what is there already is taken from there."
+            ) from error
 
 
 @contextmanager

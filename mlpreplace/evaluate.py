@@ -28,13 +28,6 @@ class Measurement:
     tokens: np.ndarray  # [windows] predicted tokens
     kl: np.ndarray | None = None  # [windows] KL(dense ‖ model) in nats, summed over predicted tokens
 
-    def as_tensors(self) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(value) for name, value in vars(self).items() if value is not None}
-
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> Measurement:
-        return Measurement(**{name: tensor.numpy() for name, tensor in tensors.items()})
-
     @property
     def n_tokens(self) -> int:
         return int(self.tokens.sum())
@@ -126,7 +119,7 @@ def compare(
         plans: {label: {block: replacement}}.
         windows: token ids [windows, seq_len].
         kl: whether to measure KL(dense ‖ plan) as well, one pass over the vocabulary more.
-        cached: keep each plan's result on disk, and run only the plans that are not there yet.
+        cached: keep each plan's result on each batch on disk, and run only what is not there yet.
 
     Returns:
         {label: Measurement}, in the order of ``plans``. Held at a time: one batch of logits and, with ``kl``, of dense
@@ -136,15 +129,21 @@ def compare(
         ValueError: windows the model cannot read, a plan for another model.
     """
     check_windows(windows, model)
+    batches = list(enumerate(windows.split(batch_size)))
+    entries, done = {}, {}
     if cached:
-        key = fingerprint(model, windows, batch_size, kl)
-        entries = {label: Entry("evaluate", "measure", key, plan) for label, plan in plans.items()}
-    done = {label: Measurement.from_tensors(t) for label in plans if cached and (t := entries[label].load()) is not None}
-    todo = {label: plan for label, plan in plans.items() if label not in done}
+        key = fingerprint(model, kl)
+        of_plan = {label: fingerprint(plan) for label, plan in plans.items()}
+        entries = {(label, i): Entry("evaluate", "measure", key, of_plan[label], ids) for label in plans for i, ids in batches}
+        done = {part: stored["sums"].numpy() for part, entry in entries.items() if (stored := entry.load()) is not None}
+    todo = [(i, ids, [label for label in plans if (label, i) not in done]) for i, ids in batches]
+    todo = [(i, ids, labels) for i, ids, labels in todo if labels]
+    measured = sweep(model, [(ids, [plans[label] for label in labels]) for _, ids, labels in todo], kl=kl, progress=progress)
+    for (i, _, labels), sums in zip(todo, measured, strict=True):
+        for label, result in zip(labels, sums, strict=True):
+            done[label, i] = result
+            if cached:
+                entries[label, i].save({"sums": torch.from_numpy(result)})
     tokens = np.full(len(windows), windows.shape[1] - 1)
-    measured = sweep(model, todo, windows, batch_size=batch_size, kl=kl, progress=progress) if todo else {}
-    for label, (nll, divergence) in measured.items():
-        done[label] = Measurement(nll.numpy(), tokens, divergence.numpy() if kl else None)
-        if cached:
-            entries[label].save(done[label].as_tensors())
-    return {label: done[label] for label in plans}
+    whole = {label: np.concatenate([done[label, i] for i, _ in batches], axis=1) for label in plans}
+    return {label: Measurement(nll, tokens, divergence if kl else None) for label, (nll, divergence) in whole.items()}

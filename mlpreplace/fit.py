@@ -8,13 +8,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 
 import torch
-from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from .blocks import Block
 from .cache import Entry, fingerprint
 from .capture import BlockStatistics, Statistics
 from .closed_form import RIDGE, ClosedForm
+from .parallel import spread
 from .replacements import Family, Replacement
 from .reports import SAMPLES, FitReport, sample_errors
 from .starts import solve  # which the hybrids' closed forms have joined
@@ -93,7 +93,7 @@ def _fit(
     replacement = Replacement(family, block)
     entry = checkpoint = None
     if cached:
-        key = fingerprint(block, *block.modules, s, family, how, training, sorted(samples))
+        key = fingerprint(block, *block.modules, s, family, type(family), how, training, sorted(samples))
         entry, checkpoint = Entry("fit", "fit", key), Entry("fit", "training", key)
         if (stored := entry.load()) is not None:
             replacement.report = FitReport.from_dict(json.loads(bytes(stored.pop("report").tolist())))
@@ -144,30 +144,24 @@ def fit_all(
 ) -> dict[Block, list[Replacement]]:
     """Every family fitted to every block: {block: [replacement of each family]}.
 
-    Fits run side by side, each on one thread, so that the result does not depend on ``n_jobs``. joblib places them: threads
-    of this process unless a ``joblib.parallel_config`` says otherwise.
+    Fits run side by side, each on one thread, so that the result does not depend on where: threads of this process unless a
+    ``joblib.parallel_config`` says otherwise (see :mod:`~mlpreplace.parallel`).
 
     Args:
-        n_jobs: fits at a time, -1 for as many as there are cores; by default that on a CPU, and one on an accelerator.
+        n_jobs: fits at a time, -1 for as many as there are cores; by default what the ``parallel_config`` says, else all cores
+            for a CPU and one fit for an accelerator.
         options: those of :func:`fit`.
     """
     blocks, families = list(blocks), list(families)
     if missing := [block.name for block in blocks if block not in stats]:
         raise ValueError(f"Not in the statistics: {', '.join(missing)}. Capture them first.")
-    if n_jobs is None:
-        n_jobs = -1 if all(block.device.type == "cpu" for block in blocks) else 1
-    jobs = [(block, family) for block in blocks for family in families]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        pool = Parallel(n_jobs=n_jobs, prefer="threads", return_as="generator")
-        results = pool(delayed(_on_one_thread)(block, {block: stats[block]}, family, options) for block, family in jobs)
-        fitted = iter(list(tqdm(results, total=len(jobs), desc="fit", unit="fit", disable=not progress, leave=False)))
-    finally:
-        torch.set_num_threads(threads)
+    if n_jobs is None and any(block.device.type != "cpu" for block in blocks):
+        n_jobs = 1
+    jobs = [(block, {block: stats[block]}, family, options) for block in blocks for family in families]
+    results = spread(_fit_one, jobs, threads=1, n_jobs=n_jobs)
+    fitted = iter(list(tqdm(results, total=len(jobs), desc="fit", unit="fit", disable=not progress, leave=False)))
     return {block: [next(fitted) for _ in families] for block in blocks}
 
 
-def _on_one_thread(block: Block, stats: Statistics, family: Family, options: dict) -> Replacement:
-    torch.set_num_threads(1)
+def _fit_one(block: Block, stats: Statistics, family: Family, options: dict) -> Replacement:
     return fit(block, stats, family, **options)

@@ -307,6 +307,10 @@ class Replacement(nn.Module):
             parameter.requires_grad_(False)
         self.n_active_params = family.n_active_params(block)
 
+    def cache_key(self) -> tuple:
+        """What its tensors do not say."""
+        return self.family, type(self.family), self.block_name
+
     @property
     def n_params(self) -> int:
         """Of this replacement alone, also where its body stands in other places, too."""

@@ -6,16 +6,18 @@ the hidden states that enter the first layer where it differs from the plan befo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .models import eval_mode
+from .parallel import elsewhere, spread
 from .splice import Plan, spliced
 from .structure import layer_lists
 
@@ -65,41 +67,60 @@ def _first_difference(a: Plan, b: Plan) -> int:
 
 
 def sweep(
-    model: nn.Module, plans: Mapping[Hashable, Plan], windows: Tensor, *, batch_size: int, kl: bool, progress: bool
-) -> dict[Hashable, Tensor]:
-    """Negative log-likelihood and KL(dense ‖ plan) in nats, summed per window: {label: [2, windows]} in float64.
+    model: nn.Module, batches: Sequence[tuple[Tensor, Sequence[Plan]]], *, kl: bool, progress: bool
+) -> Iterator[list[np.ndarray]]:
+    """Negative log-likelihood and KL(dense ‖ plan) in nats, summed per window: of each batch, as soon as it has run, an array
+    [2, windows] in float64 for each of its plans.
 
     Without ``kl`` the latter is 0. Held at a time, beside one batch of logits: for KL the dense probabilities
     [batch, seq_len, vocab] in float32, and at most layers − 1 hidden states [batch, seq_len, hidden], each until the last
-    plan that starts from it has run.
+    plan that starts from it has run. A ``joblib.parallel_config`` of other processes runs batches side by side.
+
+    Args:
+        batches: (token ids [windows, seq_len], plans) of each.
     """
-    stacks = layer_lists(model)
-    layers = stacks[0][2] if len(stacks) == 1 else None  # an encoder-decoder has no single prefix to share
-    steps = schedule([*plans.values(), *([{}] if kl else [])], share=layers is not None)
-    for step in steps:  # a plan for another model is refused before hours have gone into the others
-        with spliced(model, step.plan):
+    share = len(layer_lists(model)) == 1  # an encoder-decoder has no single prefix to share
+    runs = [(ids, plans, schedule([*plans, *([{}] if kl else [])], share)) for ids, plans in batches]
+    for plan in {standing(step.plan): step.plan for _, _, steps in runs for step in steps}.values():
+        with spliced(model, plan):  # a plan for another model is refused before hours have gone into the others
             pass
-    device = next(model.parameters()).device
-    rows: dict[tuple, list[Tensor]] = {standing(step.plan): [] for step in steps}
-    starts = range(0, len(windows), batch_size)
-    bar = tqdm(total=len(steps) * len(starts), desc="evaluate", unit="batch", disable=not progress, leave=False)
-    with bar, eval_mode(model), torch.inference_mode():
-        for start in starts:
-            ids = windows[start : start + batch_size].to(device)
-            states: States = {}
-            dense = None
-            for step in steps:
-                with spliced(model, step.plan), _resumed(layers, step.start, states), _recorded(layers, step, states):
-                    logits = model(ids, use_cache=False).logits
-                for layer in states.keys() - step.keep:
-                    del states[layer]
-                if kl and dense is None:  # the empty plan comes first
-                    dense = Dense(logits)
-                rows[standing(step.plan)].append(score(logits, ids, dense).cpu())
-                del logits  # or they would be held while the next ones are made
-                bar.update()
-    measured = {key: torch.cat(batches, dim=1) for key, batches in rows.items()}
-    return {label: measured[standing(plan)] for label, plan in plans.items()}
+    total, apart = sum(len(steps) for _, _, steps in runs), elsewhere()
+    with tqdm(total=total, desc="evaluate", unit="batch", disable=not progress, leave=False) as bar:
+        if not apart:  # one at a time: what stands in the model is for all threads the same
+            yield from (_run(model, *run, kl, bar.update) for run in runs)
+            return
+        results = spread(_run, [(model, *run, kl) for run in runs], threads=torch.get_num_threads())
+        for (_, _, steps), measured in zip(runs, results, strict=True):
+            bar.update(len(steps))
+            yield measured
+
+
+def _run(
+    model: nn.Module,
+    ids: Tensor,
+    plans: Sequence[Plan],
+    steps: Sequence[Step],
+    kl: bool,
+    ran: Callable[[], object] = lambda: None,
+) -> list[np.ndarray]:
+    """One batch of :func:`sweep`; calls ``ran`` after each step."""
+    stacks = layer_lists(model)
+    layers = stacks[0][2] if len(stacks) == 1 else None
+    ids = ids.to(next(model.parameters()).device)
+    states: States = {}
+    dense, rows = None, {}
+    with eval_mode(model), torch.inference_mode():
+        for step in steps:
+            with spliced(model, step.plan), _resumed(layers, step.start, states), _recorded(layers, step, states):
+                logits = model(ids, use_cache=False).logits
+            for layer in states.keys() - step.keep:
+                del states[layer]
+            if kl and dense is None:  # the empty plan comes first
+                dense = Dense(logits)
+            rows[standing(step.plan)] = score(logits, ids, dense).cpu().numpy()
+            del logits  # or they would be held while the next ones are made
+            ran()
+    return [rows[standing(plan)] for plan in plans]
 
 
 def _log_probabilities(logits: Tensor) -> Iterator[tuple[int, slice, Tensor]]:

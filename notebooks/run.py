@@ -20,6 +20,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -145,6 +146,10 @@ def main(arguments: list[str] | None = None) -> int:
         except PapermillExecutionError as error:
             print(f"error: {notebook.stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
             print(f"The copy in executed/{options.profile}/ shows where.", file=sys.stderr)
+            return 1
+        except DeadKernelError:
+            print(f"error: {notebook.stem}: its process was killed, which is what happens when memory runs out.", file=sys.stderr)
+            print("Run it again: what was cached by then is taken from the cache.", file=sys.stderr)
             return 1
         print(f"{notebook.stem} done in {time.time() - start:.0f} s", flush=True)
         if options.publish:

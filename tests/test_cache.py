@@ -1,15 +1,16 @@
 """A fingerprint tells apart what differs and nothing else; a file is whole or not there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import capture_quietly
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny_models import build, random_windows
 
-from mlpreplace import LowRank, Mean, NarrowMLP, cache, fit
+from mlpreplace import LowRank, Mean, NarrowMLP, cache, find_blocks, fit, splice
 from mlpreplace.cache import Entry, code_hash, fingerprint, write_atomically
 
 
@@ -106,6 +107,50 @@ def test_a_plan_is_its_blocks_and_replacements(captured):
     assert fingerprint({reloaded[0]: fit(reloaded[0], again, Mean())}) == fingerprint(plans[0])
 
 
+def test_a_replacement_is_also_its_family_and_the_code_of_that(captured, monkeypatch):
+    """Two families may hold the same tensors and do something else with them."""
+    _, blocks, stats = captured
+    plan = {blocks[0]: fit(blocks[0], stats, LowRank(4))}
+    before = fingerprint(plan)
+    plan[blocks[0]].family = LowRank(5)
+    assert fingerprint(plan) != before
+    plan[blocks[0]].family = LowRank(4)
+    assert fingerprint(plan) == before
+    monkeypatch.setattr(cache, "code_hash", lambda module: f"{module}, another version")
+    assert fingerprint(plan) != before
+
+
+def test_a_model_with_replacements_is_told_by_them(captured):
+    model, blocks, stats = captured
+    small = fit(blocks[0], stats, LowRank(4))
+    compressed = splice(model, {blocks[0]: small})
+    before = fingerprint(compressed)
+    compressed.get_submodule(blocks[0].name).family = LowRank(5)
+    assert fingerprint(compressed) != before
+
+
+def test_a_class_from_elsewhere_is_its_functions():
+    """Of a notebook, say, whose source cannot be read."""
+
+    def family(body: str) -> type:
+        scope: dict = {}
+        exec(f"class Mine:\n    size = 3\n    def build(self, block):\n        return {body}\n", {"__name__": "__main__"}, scope)
+        return scope["Mine"]
+
+    assert fingerprint(family("block + 1")) == fingerprint(family("block + 1"))
+    assert (
+        len({fingerprint(family(body)) for body in ("block + 1", "block + 2", "block - 1", "other + 1", "[b for b in 'x']")}) == 5
+    )
+
+
+def test_a_block_is_also_what_its_architecture_says_of_it(llama, registry):
+    before = fingerprint(find_blocks(llama))
+    assert fingerprint(find_blocks(llama)) == before
+    (stack,) = registry["llama"]
+    registry["llama"] = (replace(stack, up=stack.gate, gate=stack.up),)
+    assert fingerprint(find_blocks(llama)) != before
+
+
 def test_what_has_no_fingerprint_is_named():
     with pytest.raises(TypeError, match="No fingerprint for a object"):
         fingerprint([object()])
@@ -146,6 +191,23 @@ def test_comments_and_docstrings_are_not_code(source, matters, package):
     (package / "c.py").write_text(source)
     code_hash.cache_clear()
     assert (code_hash("a") != before) == matters
+
+
+def test_modules_of_folders_are_code_as_well(package):
+    """tasks/run imports what it needs by two dots; tasks/run by its own name, and the folder by its __init__."""
+    (package / "inner").mkdir()
+    for name, source in {"__init__": "from .e import g\n", "e": "from ..c import x\n", "f": "from .. import d\n"}.items():
+        (package / "inner" / f"{name}.py").write_text(source)
+    (package / "a.py").write_text("from .inner import g\n")
+    before = {name: code_hash(name) for name in ("a", "inner/e", "inner/f")}
+    for module, matters in (("c", {"a", "inner/e"}), ("d", {"inner/f"}), ("inner/e", {"a", "inner/e"})):
+        path = package / f"{module}.py"
+        content = path.read_text()
+        path.write_text(content + "z = 3\n")
+        code_hash.cache_clear()
+        assert {name for name in before if code_hash(name) != before[name]} == matters, module
+        path.write_text(content)
+        code_hash.cache_clear()
 
 
 def test_modules_may_import_each_other(package):
@@ -192,13 +254,14 @@ def test_a_file_that_is_not_whole_is_no_result(content, results):
     assert torch.equal(entry.load()["a"], torch.ones(3))
 
 
-def test_an_entry_that_cannot_be_written_leaves_nothing(results, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_an_entry_that_cannot_be_written_leaves_nothing(error, results, monkeypatch):
     def full(tensors, path):
         save_file(tensors, path)
-        raise OSError("no space left on device")
+        raise error("no space left on device")
 
     monkeypatch.setattr(cache, "save_file", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match=r"could not be kept in .*no space left.*Make room"):
         Entry("cache", "name").save({"a": torch.zeros(3)})
     assert not any(results.iterdir())
 

@@ -238,7 +238,7 @@ def test_a_plan_for_another_model_is_refused(llama, heldout):
 def test_a_cached_measurement_runs_no_model(kl, llama, plans, heldout, results, monkeypatch):
     plain = measured(llama, plans, heldout, kl=kl)
     first = measured(llama, plans, heldout, kl=kl, cached=True)
-    assert len(list(results.iterdir())) == len(plans)
+    assert len(list(results.iterdir())) == len(plans) * 3, "a file for each plan and batch"
     monkeypatch.setattr(llama, "forward", fail_after(0, None, AssertionError("the model ran")))
     second = measured(llama, dict(reversed(plans.items())), heldout, kl=kl, cached=True)
     assert list(second) == list(reversed(plans))
@@ -252,14 +252,35 @@ def test_a_cached_measurement_runs_no_model(kl, llama, plans, heldout, results, 
 
 def test_only_missing_plans_run(llama, plans, heldout, results, monkeypatch):
     measured(llama, {label: plans[label] for label in (0, 1)}, heldout, cached=True)
-    ran = []
-    sweep = mlpreplace.evaluate.sweep
-    monkeypatch.setattr(
-        mlpreplace.evaluate, "sweep", lambda model, todo, *rest, **o: ran.extend(todo) or sweep(model, todo, *rest, **o)
-    )
+    ran = swept(monkeypatch)
     got = measured(llama, plans, heldout, cached=True)
-    assert ran == [label for label in plans if label not in (0, 1)]
+    assert ran == [(n, len(plans) - 2) for n in (3, 3, 1)]
     assert list(got) == list(plans)
+
+
+def test_an_interrupted_measurement_goes_on_at_its_next_batch(llama, plans, heldout, results, monkeypatch):
+    whole = measured(llama, plans, heldout)
+    forward, steps = llama.forward, len(plans)
+    monkeypatch.setattr(llama, "forward", fail_after(steps + 1, forward, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        measured(llama, plans, heldout, cached=True)
+    monkeypatch.setattr(llama, "forward", forward)
+    ran = swept(monkeypatch)
+    got = measured(llama, plans, heldout, cached=True)
+    assert ran == [(3, len(plans)), (1, len(plans))]
+    assert all(np.array_equal(got[label].kl, whole[label].kl) for label in plans)
+
+
+def swept(monkeypatch) -> list[tuple[int, int]]:
+    """(windows, plans) of every batch that is swept from here on."""
+    ran, sweep = [], mlpreplace.evaluate.sweep
+
+    def spy(model, batches, **options):
+        ran.extend((len(ids), len(of_batch)) for ids, of_batch in batches)
+        return sweep(model, batches, **options)
+
+    monkeypatch.setattr(mlpreplace.evaluate, "sweep", spy)
+    return ran
 
 
 @pytest.mark.parametrize("change", ["weights", "windows", "replacement", "batch_size", "kl"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,14 @@ CONDA_NAMES = {"pytorch": "torch", "python-xxhash": "xxhash"}
 
 
 def requirements() -> dict[str, str]:
-    extras = PROJECT["optional-dependencies"]
-    listed = [*PROJECT["dependencies"], *extras["notebooks"], *extras["test"]]
-    return {r.name: str(r.specifier) for r in map(Requirement, listed)}
+    extras = PROJECT["optional-dependencies"].values()
+    return {r.name: str(r.specifier) for r in map(Requirement, chain(PROJECT["dependencies"], *extras))}
+
+
+def test_make_setup_installs_every_extra():
+    """Or tests of what it leaves out would be skipped, and nobody would notice."""
+    installed = re.search(r"-e '\.\[([\w,]+)\]'", (ROOT / "Makefile").read_text()).group(1)
+    assert set(installed.split(",")) == set(PROJECT["optional-dependencies"])
 
 
 def tracked_files() -> list[Path]:

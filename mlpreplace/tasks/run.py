@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..assets import read_member
-from ..cache import Entry, code_hash, fingerprint
+from ..cache import Entry, fingerprint
 from ..models import eval_mode
 from ..splice import replacements_of
 
@@ -130,7 +130,7 @@ def evaluate_tasks(
 
         loaded = {name: task for spec in tasks for name, task in _load(spec).items()}
         lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # which sets a padding token
-        key = _key(model) if cached else None
+        key = fingerprint(model) if cached else None
         results = []
         for name, task in tqdm(loaded.items(), desc=label, unit="task", disable=not progress, leave=False):
             chosen = _choose(len(task.eval_docs), limit)
@@ -145,13 +145,6 @@ def evaluate_tasks(
             if entry is not None:
                 entry.save(results[-1].as_tensors())
     return results
-
-
-def _key(model: nn.Module) -> str:
-    """Hash of a model: its weights, what it holds in the place of blocks, and the code of that."""
-    families = {name: r.family for name, r in replacements_of(model).items()}
-    modules = {type(family).__module__.rpartition(".")[2] for family in families.values()}
-    return fingerprint(model, families, {name: code_hash(name) for name in sorted({"splice", *modules})})
 
 
 def _check_label(model: nn.Module, label: str) -> None:

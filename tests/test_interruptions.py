@@ -1,0 +1,175 @@
+"""A run that was interrupted anywhere, in any way, ends with the same figures when it is started again."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import word_tokenizer
+from tiny_models import build
+
+from mlpreplace.assets import cache_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = "03_layer_sensitivity"  # which captures, fits, sweeps and draws three figures
+SMALL = {"EVERY": 1, "PAIR_EVERY": 1, "CALIBRATION_WINDOWS": 4, "SETS": [2, 4], "SEQ_LEN": 32, "HELDOUT_SEQ_LEN": 32}
+WORDS = "the of and in to a is was for as on by with that from at it an his which are were be this or he has its also had not"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(name): the notebook on a tiny model, with a cache and figures of that name: a process."""
+    if not (cache_dir() / "assets" / ".complete").exists():
+        pytest.skip("the bundled texts are not there: make setup")
+    model = build("llama", num_hidden_layers=6, vocab_size=128, max_position_embeddings=64)
+    model.save_pretrained(tmp_path / "tiny")
+    word_tokenizer(WORDS.split()).save_pretrained(tmp_path / "tiny")
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")  # executed copies go beside it
+
+    def start(name: str) -> subprocess.Popen:
+        cache = tmp_path / name / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        if not (cache / "assets").exists():
+            (cache / "assets").symlink_to((cache_dir() / "assets").resolve())
+        parameters = SMALL | {"MODEL": tmp_path / "tiny", "DEVICE": "cpu", "FIGURES": tmp_path / name / "figures"}
+        command = [sys.executable, tmp_path / "notebooks" / "run.py", "--profile", "smoke", "--only", NOTEBOOK]
+        command += [str(part) for item in parameters.items() for part in ("-p", *item)]
+        with (tmp_path / name / "log").open("a") as log:
+            environment = os.environ | {"MLPREPLACE_CACHE": str(cache)}
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, preexec_fn=heed_interrupts)
+
+    return start
+
+
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def rows(folder: Path) -> dict[str, list[dict]]:
+    """{figure: its rows without times}."""
+    figures = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {n: [{k: v for k, v in row.items() if "seconds" not in k} for row in f["rows"]] for n, f in figures.items()}
+
+
+def kernel(process: subprocess.Popen) -> list[psutil.Process]:
+    """What a runner has started by now."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """As a machine that goes down: runner and kernel at once."""
+    for victim in [*kernel(process), process]:
+        victim.send_signal(signal.SIGKILL)
+
+
+def kill_kernel(process: subprocess.Popen) -> None:
+    """As an operating system out of memory: the process that holds it goes, and the runner says what happened."""
+    while not (started := kernel(process)):
+        time.sleep(0.01)
+    for victim in started:
+        victim.send_signal(signal.SIGKILL)
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """As Ctrl-C in a terminal, which reaches the runner; the kernel has a session of its own."""
+    process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.notebooks
+@pytest.mark.bundled
+def test_a_notebook_killed_at_random_moments_draws_the_same_figures(start, tmp_path):
+    """Moments are counted in results on disk, which come in bursts, and some time after: also on a machine that is busy."""
+
+    def kept(name: str) -> int:
+        return len(list((tmp_path / name / "cache" / "results").glob("*.safetensors")))
+
+    assert start("undisturbed").wait(timeout=900) == 0, (tmp_path / "undisturbed" / "log").read_text()
+    whole, chance = rows(tmp_path / "undisturbed" / "figures"), random.Random(0)
+    assert len(whole) == 3
+    for kill in (kill_all, kill_kernel, interrupt, kill_all, kill_kernel):
+        most = chance.uniform(kept("disturbed"), kept("undisturbed"))
+        process = start("disturbed")
+        while process.poll() is None and kept("disturbed") < most:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.5))
+        kill(process)
+        assert process.wait(timeout=120) != 0, "an interrupted run must not pass for a whole one"
+        assert kept("disturbed") >= most, "what was whole is kept"
+    assert start("disturbed").wait(timeout=900) == 0, (tmp_path / "disturbed" / "log").read_text()
+    assert rows(tmp_path / "disturbed" / "figures") == whole
+    assert "its process was killed" in (tmp_path / "disturbed" / "log").read_text()
+
+
+# a full disk, and two at once
+
+FITS = """
+import json, resource, sys, time
+from pathlib import Path
+sys.path.insert(0, "tests")
+from conftest import capture_quietly
+from tiny_models import build, random_windows
+from mlpreplace import LowRank, NarrowMLP, Training, compare, fit_all
+if (limit := int(sys.argv[1])):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+Path(sys.argv[2]).touch()
+while len(list(Path(sys.argv[2]).parent.glob("ready-*"))) < int(sys.argv[3]):
+    time.sleep(0.01)
+model = build("llama")
+blocks, stats = capture_quietly(model, random_windows(40), sample_windows=None, validation_windows=8, cached=True)
+how = Training(epochs=4, batch_tokens=16, check_tokens=64)
+fitted = fit_all(blocks, stats, [NarrowMLP(16), LowRank(4)], training=how, n_jobs=1, cached=True, progress=False)
+plans = {(b.name, i): {b: r} for b, several in fitted.items() for i, r in enumerate(several)}
+measured = compare(model, plans, random_windows(6, seed=5), batch_size=2, cached=True, progress=False)
+print(json.dumps([m.kl.tolist() for m in measured.values()]))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(cache, limit): captures, fits and a sweep, cached; those that wait for each other begin at once."""
+
+    def launch(cache: str, limit: int = 0, wait_for: int = 1, number: int = 0) -> subprocess.Popen:
+        group = tmp_path / f"group-{cache}-{limit}-{wait_for}"
+        group.mkdir(exist_ok=True)
+        environment = os.environ | {"MLPREPLACE_CACHE": str(tmp_path / cache), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", FITS, str(limit), str(group / f"ready-{number}"), str(wait_for)]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return launch
+
+
+def finished(process: subprocess.Popen) -> list:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def test_two_processes_that_compute_the_same_do_not_disturb_each_other(launch, tmp_path):
+    alone = finished(launch("alone"))
+    both = [launch("shared", wait_for=2, number=i) for i in range(2)]
+    assert [finished(process) for process in both] == [alone, alone]
+    assert finished(launch("shared")) == alone
+    names = [{p.name for p in (tmp_path / cache / "results").iterdir()} for cache in ("alone", "shared")]
+    assert names[0] == names[1] and not any(name.startswith((".", "training")) for name in names[0])
+
+
+def test_on_a_full_disk_a_run_says_so_and_the_next_goes_on(launch, tmp_path):
+    """No file may grow beyond a limit: first the capture's, which is the largest, then those of the trainings."""
+    alone, kept = finished(launch("alone")), tmp_path / "alone" / "results"
+    results = tmp_path / "full" / "results"
+    capture = max(kept.iterdir(), key=lambda path: path.stat().st_size)
+    for limit in (capture.stat().st_size - 1, 2000):
+        process = launch("full", limit)
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 1 and "Make room" in err
+        assert all((kept / path.name).stat().st_size == path.stat().st_size for path in results.iterdir()), "none is a part"
+        shutil.copy(capture, results)
+    assert finished(launch("full")) == alone
