@@ -43,8 +43,8 @@ def _is_inner(model: nn.Module, block: Block) -> bool:
 
 
 def _uniform(blocks: list[Block], stats: Statistics, target: float, family: type[Family]) -> dict[Block, Replacement]:
-    """``blocks`` alike. NarrowMLP (of experts, TwoLayerMLP): one width in all of them. LowRank, which cannot be large: as few evenly spaced blocks as
-    can save enough, one rank in all of them.
+    """``blocks`` alike. NarrowMLP (of experts, TwoLayerMLP): one width in all of them. LowRank, which cannot be large: as few
+    evenly spaced blocks as can save enough, one rank in all of them.
     """
     if family is NarrowMLP:
         family = NarrowMLP if all(b.has_neurons for b in blocks) else TwoLayerMLP
