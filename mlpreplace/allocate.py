@@ -29,7 +29,7 @@ PROTECTED = 10  # the heuristic leaves one layer in so many alone at each end
 
 def narrow_widths(block: Block, steps: int = 16) -> list[Family]:
     """NarrowMLP at ``steps`` − 1 widths, evenly spaced below the block's own; of experts, small dense MLPs of such sizes."""
-    if not block.has_neurons:
+    if block.holds_experts:
         return ladder(block, [i / steps for i in range(1, steps)], [NarrowMLP])
     widths = {round(block.intermediate_size * i / steps) for i in range(1, steps)}
     return [NarrowMLP(w) for w in sorted(widths) if w > 0]

@@ -60,6 +60,11 @@ class Block:
         return None not in (self.up, self.down, self.activation)
 
     @property
+    def holds_experts(self) -> bool:
+        """Whether the block is an MLP without neurons of its own: a mixture of experts."""
+        return self.kind == "mlp" and not self.has_neurons
+
+    @property
     def intermediate_size(self) -> int:
         if not self.has_neurons:
             raise NotApplicable(f"{self.name} is no up/down MLP: it has no neurons of its own, and no intermediate size.")

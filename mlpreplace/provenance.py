@@ -105,8 +105,9 @@ class Run:
         Of a model whose MLPs have no neurons of their own, say what stands in for the families that keep some of them.
         """
         if model is not None:
-            if experts := [block for block in find_blocks(model) if not block.has_neurons]:
-                why = f"{len(experts)} of its MLP blocks hold experts; TwoLayerMLPs of the same size stand in for them there"
+            if experts := [block for block in find_blocks(model) if block.holds_experts]:
+                why = f"{len(experts)} of its MLP blocks hold experts: a TwoLayerMLP of the size asked for, solved on the sampled"
+                why += " windows, stands in for either there"
                 self._leave_out("NarrowMLP and NarrowPlusLinear", why)
             parameter = next(model.parameters())
             self.facts["model"] = model.source.as_dict()

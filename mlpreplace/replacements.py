@@ -177,7 +177,7 @@ class NarrowMLP(Family):
     @classmethod
     def nearest(cls, block: Block, n_params: float) -> Family:
         """A block of experts has no neurons of its own to keep: there it is the TwoLayerMLP of that size."""
-        return super().nearest(block, n_params) if block.has_neurons else TwoLayerMLP.nearest(block, n_params)
+        return TwoLayerMLP.nearest(block, n_params) if block.holds_experts else super().nearest(block, n_params)
 
     def n_params(self, block: Block) -> int:
         weights = self._weights(block)
@@ -262,10 +262,10 @@ class NarrowPlusLinear(Family):
     def nearest(cls, block: Block, n_params: float) -> Family:
         """Rank d/6 in a small module and less in a larger one, where more neurons are worth more; at most half of it.
 
-        Within 3 % of the best split's validation error at 6, 12.5, 25 and 50 % of MLPs of a 135M-parameter Llama. Of a block
-        without neurons, a NarrowMLP's stand-in alone.
+        Within 3 % of the best split's validation error at 6, 12.5, 25 and 50 % of MLPs of a 135M-parameter Llama. Of experts
+        a NarrowMLP's stand-in alone.
         """
-        if not block.has_neurons:
+        if block.holds_experts:
             return NarrowMLP.nearest(block, n_params)
         rank = block.hidden_size / 6 * (1 - n_params / block.n_params)
         linear = LowRank.nearest(block, min(2 * block.hidden_size * rank, n_params / 2))
