@@ -120,6 +120,6 @@ def calibrate(
         mlps, attentions = find_blocks(model), find_blocks(model, "attention")
         pairs = (
             sample_windows if any(block.holds_experts for block in mlps) else 0
-        )  # what stands in for experts is solved on them
+        )  # a TwoLayerMLP is solved on them
         blocks = capture(model, mlps + attentions, windows, mask, sample_windows=pairs, **options)
     return Calibration(stream, of_spans, blocks)
