@@ -19,7 +19,7 @@ from .baselines import (
     slide,
 )
 from .batches import split, token_batches
-from .blocks import Block, count_parameters, find_blocks
+from .blocks import Block, NotApplicable, count_parameters, evenly, find_blocks
 from .capture import BlockStatistics, Sample, capture, merge, sample
 from .damage import local_damage, measured_damage, second_order_damage
 from .data import load_windows, text_name

@@ -7,6 +7,7 @@ do not, a plan has to be measured whole: "joint" measures a few knapsacks, the s
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from math import ceil
 
@@ -18,7 +19,7 @@ from .damage import Candidates, Damages, local_damage, second_order_damage
 from .evaluate import compare
 from .fit import fit, fit_all
 from .knapsack import greedy, knapsack
-from .replacements import Family, LowRank, NarrowMLP, Replacement
+from .replacements import Family, LowRank, NarrowMLP, Replacement, TwoLayerMLP, ladder
 from .search import search
 
 STRATEGIES = ("uniform", "heuristic", "greedy", "milp", "joint", "search")
@@ -26,8 +27,10 @@ ATTENTION_PRICES = (1, 1.25, 1.5, 1.75, 2, 3)  # how much more than its damage a
 PROTECTED = 10  # the heuristic leaves one layer in so many alone at each end
 
 
-def narrow_widths(block: Block, steps: int = 16) -> list[NarrowMLP]:
-    """NarrowMLP at ``steps`` − 1 widths, evenly spaced below the block's own."""
+def narrow_widths(block: Block, steps: int = 16) -> list[Family]:
+    """NarrowMLP at ``steps`` − 1 widths, evenly spaced below the block's own; of experts, small dense MLPs of such sizes."""
+    if block.holds_experts:
+        return ladder(block, [i / steps for i in range(1, steps)], [NarrowMLP])
     widths = {round(block.intermediate_size * i / steps) for i in range(1, steps)}
     return [NarrowMLP(w) for w in sorted(widths) if w > 0]
 
@@ -40,22 +43,27 @@ def _is_inner(model: nn.Module, block: Block) -> bool:
 
 
 def _uniform(blocks: list[Block], stats: Statistics, target: float, family: type[Family]) -> dict[Block, Replacement]:
-    """``blocks`` alike. NarrowMLP: one width in all of them. LowRank, which cannot be large: as few evenly spaced blocks as
-    can save enough, one rank in all of them.
+    """``blocks`` alike. NarrowMLP (of experts, TwoLayerMLP): one width in all of them. LowRank, which cannot be large: as few
+    evenly spaced blocks as can save enough, one rank in all of them.
     """
     if family is NarrowMLP:
-        chosen, sizes = blocks, range(blocks[0].intermediate_size, 0, -1)
+        family = NarrowMLP if all(b.has_neurons for b in blocks) else TwoLayerMLP
+        chosen, most = blocks, min(map(family.most, blocks))
     elif family is LowRank:
-        most = blocks[0].n_params - LowRank(1).n_params(blocks[0])
-        n = min(len(blocks), max(1, ceil(target / most)))
+        each = blocks[0].n_params - LowRank(1).n_params(blocks[0])
+        n = min(len(blocks), max(1, ceil(target / each)))
         chosen = [blocks[(2 * i + 1) * len(blocks) // (2 * n)] for i in range(n)]  # the middles of n equal parts
-        sizes = range(blocks[0].hidden_size // 2, 0, -1)
+        most = LowRank.most(blocks[0])
     else:
         raise ValueError(f"A uniform plan takes NarrowMLP or LowRank, got {family.__name__}.")
-    for size in sizes:
-        if sum(b.n_params - family(size).n_params(b) for b in chosen) >= target:
-            return {b: fit(b, stats, family(size), samples=()) for b in chosen}
-    raise ValueError(f"Uniform {family.__name__} cannot save {target:,.0f} parameters in {len(blocks)} MLP blocks.")
+
+    def too_large(size: int) -> bool:
+        return sum(b.n_params - family(size).n_params(b) for b in chosen) < target
+
+    size = bisect_left(range(1, most + 1), True, key=too_large)  # so many are not: the largest of them
+    if size == 0:
+        raise ValueError(f"Uniform {family.__name__} cannot save {target:,.0f} parameters in {len(blocks)} MLP blocks.")
+    return {b: fit(b, stats, family(size), samples=()) for b in chosen}
 
 
 def _joint(
@@ -123,7 +131,7 @@ def allocate(
             raise ValueError(f"strategy={strategy!r} replaces MLP blocks{inner}: the statistics hold none.")
         return _uniform(blocks, stats, target, family)
     if candidates is None:
-        mlps = [b for b in stats if b.has_neurons]
+        mlps = [b for b in stats if b.kind == "mlp"]
         candidates = {b: fit_all([b], stats, narrow_widths(b), samples=("validation",), progress=progress)[b] for b in mlps}
     savings = {block: [block.n_params - r.n_params for r in fitted] for block, fitted in candidates.items()}
     most = sum(max([0, *s]) for s in savings.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,10 @@ from .structure import layer_lists, submodule
 
 KINDS = ("mlp", "attention")
 ROLES = ("up", "down", "gate", "activation")  # of the modules that make the neurons of an MLP
+
+
+class NotApplicable(ValueError):
+    """A method that this model, or this block, is not made for: the rest of a comparison can go on without it."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,14 @@ class Block:
         return None not in (self.up, self.down, self.activation)
 
     @property
+    def holds_experts(self) -> bool:
+        """Whether the block is an MLP without neurons of its own: a mixture of experts."""
+        return self.kind == "mlp" and not self.has_neurons
+
+    @property
     def intermediate_size(self) -> int:
         if not self.has_neurons:
-            raise ValueError(f"{self.name} is no up/down MLP: it has no intermediate size.")
+            raise NotApplicable(f"{self.name} is no up/down MLP: it has no neurons of its own, and no intermediate size.")
         return _out_in(self.down)[1]
 
     @property
@@ -72,9 +81,9 @@ class Block:
         return next(self.modules[0].parameters()).device
 
     def weights(self) -> MLPWeights:
-        """Up, gate and down projection as [out, in] tensors; raises ValueError where the block has none."""
+        """Up, gate and down projection as [out, in] tensors; raises NotApplicable where the block has none."""
         if not self.has_neurons:
-            raise ValueError(
+            raise NotApplicable(
                 f"{self.name} ({self.kind}) is no up/down MLP; its neurons cannot be selected. "
                 "Mean, Linear and LowRank replace any block, TwoLayerMLP a mixture of experts, too."
             )
@@ -160,6 +169,16 @@ def _neurons(stack: Stack, host: nn.Module, modules: tuple[nn.Module, ...], wher
 def _is_mixture(mlp: nn.Module) -> bool:
     """Experts are one tensor [expert, out, in], or a list of modules."""
     return any(p.dim() == 3 for p in mlp.parameters()) or any(isinstance(m, nn.ModuleList) for m in mlp.modules())
+
+
+def evenly(blocks: Sequence[Block], most: int) -> list[Block]:
+    """``blocks`` at equal distances, from the first on: all of them, every second, every third …, at most ``most``.
+
+    Raises ValueError unless 1 ≤ most.
+    """
+    if most < 1:
+        raise ValueError(f"Expected most ≥ 1, got {most}.")
+    return list(blocks[:: max(1, -(-len(blocks) // most))])
 
 
 def block_parameters(model: nn.Module) -> int:

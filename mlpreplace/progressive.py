@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .algebra import factor, ridged
-from .blocks import Block
+from .blocks import Block, NotApplicable
 from .capture import BlockStatistics, Statistics
 from .closed_form import RIDGE, ClosedForm
 from .fit import fit
@@ -223,12 +223,13 @@ def nest(
         the level in force.
 
     Raises:
-        ValueError: no plan, a sparsity outside [0, 1), a replacement that is no NarrowMLP.
+        ValueError: no plan, a sparsity outside [0, 1).
+        NotApplicable: a replacement that is no NarrowMLP.
     """
     if not plans or not all(0 <= sparsity < 1 for sparsity in plans):
         raise ValueError(f"Expected plans for sparsities in [0, 1), got {list(plans)}.")
     if others := {str(r.family) for plan in plans.values() for r in plan.values() if not isinstance(r.family, NarrowMLP)}:
-        raise ValueError(f"Only NarrowMLPs can be nested, the plans also hold {', '.join(sorted(others))}: leave these out.")
+        raise NotApplicable(f"Only NarrowMLPs can be nested, the plans also hold {', '.join(sorted(others))}: leave these out.")
     families = {}
     for block in dict.fromkeys(block for plan in plans.values() for block in plan):
         levels, width = [], block.intermediate_size

@@ -10,7 +10,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .assets import ROOT
+from .blocks import NotApplicable, find_blocks
 from .cache import fingerprint
 from .data import Text, text_name
 
@@ -93,13 +95,20 @@ class Run:
         if not path.exists():
             raise FileNotFoundError(f"No notebook {notebook!r} in {NOTEBOOKS.name}/.")
         self.notebook, self.parameters, self.start = notebook, dict(parameters), time.time()
-        self.facts: dict[str, object] = {}
+        self.facts: dict[str, object] = {"left_out": {}}
         self.code = code_cells_hash(path.read_text())
         self.git = git_state(notebook)
 
     def uses(self, model=None, **windows: tuple[Text, Tensor]) -> None:
-        """Note the model and the token windows, as name=(text or mixture, windows)."""
+        """Note the model and the token windows, as name=(text or mixture, windows).
+
+        Of a model whose MLPs have no neurons of their own, say what stands in for the families that keep some of them.
+        """
         if model is not None:
+            if experts := [block for block in find_blocks(model) if block.holds_experts]:
+                why = f"{len(experts)} of its MLP blocks hold experts: a TwoLayerMLP of the size asked for, solved on the sampled"
+                why += " windows, stands in for either there"
+                self._leave_out("NarrowMLP and NarrowPlusLinear", why)
             parameter = next(model.parameters())
             self.facts["model"] = model.source.as_dict()
             self.facts["device"], self.facts["dtype"] = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
@@ -112,6 +121,18 @@ class Run:
                 "tokens": ids.numel(),
                 "hash": fingerprint(ids),
             }
+
+    @contextmanager
+    def where_applicable(self, what: str) -> Iterator[None]:
+        """Leave ``what`` out where the model is not made for it, and say so: in print, and in every figure from then on."""
+        try:
+            yield
+        except NotApplicable as error:
+            self._leave_out(what, str(error))
+
+    def _leave_out(self, what: str, why: str) -> None:
+        self.facts["left_out"][what] = why
+        print(f"Left out: {what}. {why}")
 
     def record(self) -> dict:
         """Everything needed to make the numbers again, as JSON."""

@@ -174,6 +174,11 @@ class NarrowMLP(Family):
     def most(cls, block: Block) -> int:
         return block.intermediate_size
 
+    @classmethod
+    def nearest(cls, block: Block, n_params: float) -> Family:
+        """A block of experts has no neurons of its own to keep: there it is the TwoLayerMLP of that size."""
+        return TwoLayerMLP.nearest(block, n_params) if block.holds_experts else super().nearest(block, n_params)
+
     def n_params(self, block: Block) -> int:
         weights = self._weights(block)
         matrices = 2 if weights.gate is None else 3
@@ -257,8 +262,11 @@ class NarrowPlusLinear(Family):
     def nearest(cls, block: Block, n_params: float) -> Family:
         """Rank d/6 in a small module and less in a larger one, where more neurons are worth more; at most half of it.
 
-        Within 3 % of the best split's validation error at 6, 12.5, 25 and 50 % of MLPs of a 135M-parameter Llama.
+        Within 3 % of the best split's validation error at 6, 12.5, 25 and 50 % of MLPs of a 135M-parameter Llama. Of experts
+        a NarrowMLP's stand-in alone.
         """
+        if block.holds_experts:
+            return NarrowMLP.nearest(block, n_params)
         rank = block.hidden_size / 6 * (1 - n_params / block.n_params)
         linear = LowRank.nearest(block, min(2 * block.hidden_size * rank, n_params / 2))
         return cls(NarrowMLP.nearest(block, n_params - linear.n_params(block)).width, linear.rank)

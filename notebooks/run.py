@@ -5,9 +5,9 @@
     python notebooks/run.py --only 02 -p SEED 1      one notebook, one parameter changed
     python notebooks/run.py --studies                the studies, which take longer, instead of the notebooks
 
-Executed copies go to executed/<profile>/. Figures go to figures/ only for an unchanged cpu run; any other run has a
-figures folder of its own, so that committed figures are never overwritten by accident. --publish puts executed copies in
-the place of the notebooks themselves.
+Executed copies go to executed/<profile>/, those of another MODEL to a folder of its name there. Figures go to figures/ only
+for an unchanged cpu run; any other run has a figures folder of its own, so that committed figures are never overwritten by
+accident. --publish puts executed copies in the place of the notebooks themselves.
 """
 
 from __future__ import annotations
@@ -77,14 +77,24 @@ def located(value):
     return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
 
 
+def short_name(overrides: dict) -> str:
+    """The last part of a MODEL of the command line, to call folders by; "" where none was given."""
+    return str(overrides.get("MODEL", "")).rstrip("/").rsplit("/", 1)[-1]
+
+
+def copies_folder(profile: str, overrides: dict) -> str:
+    """Where executed copies go, relative to the repository: runs of several models do not overwrite one another."""
+    return "/".join(filter(None, ["executed", profile, short_name(overrides)]))
+
+
 def figures_folder(profile: str, overrides: dict) -> str | None:
     """Where a changed run draws, relative to the repository; None where it is the committed place."""
     if profile == "cpu" and not overrides:
         return None
-    if profile == "smoke":
-        return "executed/smoke/figures"
-    model = str(overrides.get("MODEL", "")).rstrip("/").rsplit("/", 1)[-1]
-    return "/".join(["figures", model or profile]) if model or profile != "cpu" else "executed/cpu/figures"
+    model = short_name(overrides)
+    if profile == "smoke" or not model and profile == "cpu":  # of no interest once it ran
+        return f"{copies_folder(profile, overrides)}/figures"
+    return f"figures/{model or profile}"
 
 
 def tidy(path: Path) -> None:
@@ -100,9 +110,9 @@ def tidy(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def execute(notebook: Path, parameters: dict, profile: str) -> Path:
-    """One notebook, from the top, in its own folder; returns the executed copy."""
-    output = ROOT / "executed" / profile / notebook.relative_to(HERE)
+def execute(notebook: Path, parameters: dict, folder: str) -> Path:
+    """One notebook, from the top, where it stands; returns the executed copy in ``folder``."""
+    output = ROOT / folder / notebook.relative_to(HERE)
     output.parent.mkdir(parents=True, exist_ok=True)
     options = {"cwd": str(HERE), "kernel_name": "python3", "progress_bar": sys.stderr.isatty()}
     local = Config(KernelManager={"transport": "ipc"})  # sockets of this user's, not ports that any user could reach
@@ -138,14 +148,15 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    copies = copies_folder(options.profile, overrides)
     for notebook, parameters in todo:
         start = time.time()
         print(f"{notebook.stem} ({options.profile}) …", flush=True)
         try:
-            output = execute(notebook, parameters, options.profile)
+            output = execute(notebook, parameters, copies)
         except PapermillExecutionError as error:
             print(f"error: {notebook.stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
-            print(f"The copy in executed/{options.profile}/ shows where.", file=sys.stderr)
+            print(f"The copy in {copies}/ shows where.", file=sys.stderr)
             return 1
         except DeadKernelError:
             print(f"error: {notebook.stem}: its process was killed, which is what happens when memory runs out.", file=sys.stderr)

@@ -10,8 +10,9 @@ import torch
 import transformers as t
 from tiny_models import VOCABULARY, build, random_windows
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 
 from mlpreplace import BlockStatistics, Sample, assets, cache, capture, find_blocks, load_model
 from mlpreplace.architectures import ARCHITECTURES
@@ -91,10 +92,21 @@ def word_tokenizer(words) -> t.PreTrainedTokenizerFast:
     return t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
-def save_locally(model, folder) -> str:
-    """A folder that load_model can read."""
+BYTES = 257  # tokens of byte_tokenizer
+
+
+def byte_tokenizer() -> t.PreTrainedTokenizerFast:
+    """One token a byte of UTF-8, so that any text can be read, and token 0 for its end."""
+    vocabulary = {piece: i for i, piece in enumerate(["<end>", *sorted(ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def save_locally(model, folder, tokenizer=None) -> str:
+    """A folder that load_model can read; the tokenizer knows w0, w1 … unless another is given."""
     model.save_pretrained(folder)
-    word_tokenizer(f"w{i}" for i in range(VOCABULARY - 1)).save_pretrained(folder)
+    (tokenizer or word_tokenizer(f"w{i}" for i in range(VOCABULARY - 1))).save_pretrained(folder)
     return str(folder)
 
 

@@ -7,8 +7,21 @@ import pytest
 from conftest import capture_quietly
 from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 
-from mlpreplace import Linear, LowRank, Mean, NarrowMLP, allocate, compare, find_blocks, fit_all, narrow_widths, sparsity
+from mlpreplace import (
+    Linear,
+    LowRank,
+    Mean,
+    NarrowMLP,
+    TwoLayerMLP,
+    allocate,
+    compare,
+    find_blocks,
+    fit_all,
+    narrow_widths,
+    sparsity,
+)
 from mlpreplace.allocate import ATTENTION_PRICES
+from mlpreplace.blocks import block_parameters
 from mlpreplace.damage import local_damage
 
 
@@ -199,6 +212,29 @@ def test_widths_are_below_the_block(captured):
     _, blocks, _ = captured
     widths = [family.width for family in narrow_widths(blocks[0])]
     assert widths == list(range(3, INTERMEDIATE, 3))
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "greedy", "milp"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_allocated_small_dense_mlps(name, strategy):
+    """A block of experts has no neurons to keep; another layer of the same model may have."""
+    model = build(name)
+    blocks, stats = capture_quietly(model, random_windows())
+    plan = allocate(model, stats, 0.3, strategy, progress=False)
+    assert sparsity(model, plan) >= 0.3
+    families = {type(r.family) for b, r in plan.items() if not b.has_neurons}
+    assert families == {TwoLayerMLP}
+    if strategy == "uniform":
+        (width,) = {r.family.width for r in plan.values()}
+        wider = sum(b.n_params - TwoLayerMLP(width + 1).n_params(b) for b in blocks)
+        assert set(plan) == set(blocks) and wider < 0.3 * block_parameters(model)
+
+
+def test_sizes_of_experts_are_shares_of_their_parameters():
+    block = find_blocks(build("mixtral"))[0]
+    sizes = narrow_widths(block, steps=4)
+    assert [type(s) for s in sizes] == [TwoLayerMLP] * 3
+    assert [s.n_params(block) / block.n_params for s in sizes] == pytest.approx([0.25, 0.5, 0.75], abs=0.01)
 
 
 @pytest.mark.parametrize(

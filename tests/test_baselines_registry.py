@@ -17,8 +17,7 @@ from mlpreplace.past import TokenCount
 
 WHOLE = {"shortgpt", "shortgpt_linear", "uidl", "uidl_linear", "replaceme", "replaceme_cosine", "streamline_layer"}
 FUSED = {"replaceme", "replaceme_cosine"}
-# an MLP with no width, or nothing to fuse a map into
-REFUSED = dict.fromkeys(MIXTURES, {"uniform", *FUSED}) | dict.fromkeys(("gemma2", "gemma3_text"), FUSED)
+REFUSED = dict.fromkeys([*MIXTURES, "gemma2", "gemma3_text"], FUSED)  # nothing to fuse a map into
 GENERATE = dict(max_new_tokens=32, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import HIDDEN, INTERMEDIATE, MODELS, VOCABULARY, build
 from transformers import LlamaForCausalLM
 
-from mlpreplace import count_parameters, find_blocks
+from mlpreplace import count_parameters, evenly, find_blocks
 
 
 def test_an_encoder_decoder_has_the_encoder_first_and_its_cross_attention():
@@ -20,6 +20,19 @@ def test_an_encoder_decoder_has_the_encoder_first_and_its_cross_attention():
 def test_a_tied_head_is_counted_once(tied, head):
     parts = count_parameters(build("llama", tie_word_embeddings=tied))
     assert (parts["embedding"], parts["head"]) == (VOCABULARY * HIDDEN, head)
+
+
+@pytest.mark.parametrize(
+    ("most", "layers"), [(1, [0]), (2, [0, 4]), (3, [0, 3, 6]), (4, [0, 2, 4, 6]), (6, [0, 2, 4, 6]), (7, range(7))]
+)
+def test_evenly_is_at_most_so_many_at_equal_distances(most, layers):
+    blocks = find_blocks(build("llama", num_hidden_layers=7))
+    assert [b.layer for b in evenly(blocks, most)] == list(layers)
+
+
+def test_evenly_takes_some():
+    with pytest.raises(ValueError, match="most ≥ 1, got 0"):
+        evenly(find_blocks(build("llama")), 0)
 
 
 def test_norms_are_in_no_block():

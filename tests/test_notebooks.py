@@ -7,14 +7,18 @@ import fcntl
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import yaml
+from conftest import BYTES, byte_tokenizer, save_locally
+from tiny_models import build
 
 from mlpreplace.provenance import code_cells_hash
 
@@ -24,6 +28,30 @@ STUDIES = sorted((FOLDER / "studies").glob("[0-9][0-9]_*.ipynb"))
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb")) + STUDIES
 COMMON = {"PROFILE", "MODEL", "DEVICE", "SEED", "FIGURES"}
 PROVENANCE = {"notebook", "code_cells_sha256", "git", "parameters", "model", "device", "dtype", "packages", "wall_seconds"}
+
+CONTEXT = 256  # windows, and what is decoded behind them
+EXPERTS = "NarrowMLP and NarrowPlusLinear"
+ANY_MODEL = {  # name of a tiny model: its sizes; {notebook: what is left out}; figures that are not drawn
+    "gpt2": (dict(n_positions=CONTEXT, n_layer=6, n_inner=128), {}, set()),
+    "gemma2": (
+        dict(max_position_embeddings=CONTEXT, num_hidden_layers=6, intermediate_size=128, layer_types=None),
+        {"05_subfit": {"replaceme"}},  # a norm stands behind the MLP
+        set(),
+    ),
+    "mixtral": (
+        dict(max_position_embeddings=CONTEXT, num_hidden_layers=6, intermediate_size=64),
+        {
+            "01_parameter_share": {EXPERTS},
+            "02_single_block": {EXPERTS, "the choice of neurons (02_selection)"},
+            "03_layer_sensitivity": {EXPERTS},
+            "04_full_replacement": {EXPERTS, "nested"},
+            "05_subfit": {EXPERTS, "replaceme"},
+            "06_ff_merging": {EXPERTS, "merging of the language model"},
+        },
+        {"02_selection"},
+    ),
+}
+SMOKE = yaml.safe_load((FOLDER / "profiles" / "smoke.yaml").read_text())
 
 spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
 run = importlib.util.module_from_spec(spec)
@@ -119,6 +147,36 @@ def test_smoke(path):
     assert {p: p.read_bytes() for p in (ROOT / "figures").iterdir()} == committed, "smoke must not touch figures/"
 
 
+@pytest.mark.notebooks
+@pytest.mark.bundled
+@pytest.mark.parametrize("name", ANY_MODEL)
+def test_any_model(name, tmp_path):
+    """MODEL is all that changes: sizes follow the model, and what it is not made for is left out and named."""
+    committed = {p: p.read_bytes() for p in (ROOT / "figures").rglob("*")}
+    sizes, left_out, not_drawn = ANY_MODEL[name]
+    model = build(name, vocab_size=BYTES, **sizes)
+    folder = save_locally(model, tmp_path / f"tiny-{name}", byte_tokenizer())
+    copies = ROOT / "executed" / "smoke" / f"tiny-{name}"
+    shutil.rmtree(copies, ignore_errors=True)
+    command = [sys.executable, ROOT / "notebooks" / "run.py", "--profile", "smoke", "-p", "MODEL", folder]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    for path in sorted(set(NOTEBOOKS) - set(STUDIES)):
+        drawn = drawn_by(path, copies / "figures")
+        assert {p.stem for p in drawn} == {p.stem for p in drawn_by(path, ROOT / "figures")} - not_drawn
+        printed = "".join(o.get("text", "") for c in code_cells(copies / path.name) for o in c.outputs)
+        said = [line for line in printed.splitlines() if line.startswith("Left out: ")]
+        expected = left_out.get(path.stem, set())
+        assert {line.removeprefix("Left out: ").split(".")[0] for line in said} == expected, path.stem
+        for figure in drawn:
+            provenance = check_figure(figure)["provenance"]
+            assert provenance["model"]["id"] == folder
+            assert set(provenance["left_out"]) <= expected  # what comes after a figure is not in it yet
+    rows = pd.DataFrame(json.loads((copies / "figures" / "05_speed.json").read_text())["rows"])
+    assert set(rows["method"]) == {"dense", *SMOKE["05_subfit"]["COMPARED"]} - left_out.get("05_subfit", set())
+    assert {p: p.read_bytes() for p in (ROOT / "figures").rglob("*")} == committed, "another model must not touch figures/"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -175,3 +233,10 @@ def test_a_changed_run_never_draws_over_committed_figures():
     assert run.figures_folder("cpu", {"MODEL": "owner/name"}) == "figures/name"
     assert run.figures_folder("cpu", {"SEED": 1}) == "executed/cpu/figures"
     assert run.figures_folder("gpu", {}) == "figures/gpu"
+    assert run.figures_folder("smoke", {}) == "executed/smoke/figures"
+    assert run.figures_folder("smoke", {"MODEL": "/models/mine/"}) == "executed/smoke/mine/figures"
+
+
+def test_executed_copies_of_several_models_stand_apart():
+    assert run.copies_folder("cpu", {"SEED": 1}) == "executed/cpu"
+    assert run.copies_folder("cpu", {"MODEL": "owner/name"}) == "executed/cpu/name"

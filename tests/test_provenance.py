@@ -10,7 +10,7 @@ import torch
 from conftest import notebook_text
 from tiny_models import build, random_windows
 
-from mlpreplace import Source, provenance
+from mlpreplace import LowRank, NarrowMLP, Source, find_blocks, provenance
 from mlpreplace.provenance import Run, code_cells_hash, git_state, seed_everything
 
 CELLS = ("x = 1\ny = 2", "print(x)")
@@ -121,6 +121,36 @@ def test_the_record_holds_what_is_needed_to_repeat_the_run(notebooks):
     assert cal["hash"] != held["hash"]
     assert record["packages"]["torch"] == torch.__version__
     assert {"git", "python", "machine", "wall_seconds"} <= record.keys()
+
+
+def test_what_a_model_is_not_made_for_is_left_out_and_named(notebooks, capsys):
+    run, block = Run("09_test", {}), find_blocks(build("mixtral"))[0]
+    with run.where_applicable("widths"):
+        assert NarrowMLP(3).n_params(block) == "not reached"
+    with run.where_applicable("maps"):
+        done = LowRank(3).n_params(block)
+    assert done == 2 * 3 * block.hidden_size + block.hidden_size
+    (name, why), *others = run.record()["left_out"].items()
+    assert name == "widths" and "its neurons cannot be selected" in why and not others
+    assert capsys.readouterr().out == f"Left out: widths. {why}\n"
+
+
+def test_only_what_does_not_apply_is_left_out(notebooks):
+    """Any other error, a size that is too large too, is still an error."""
+    run, block = Run("09_test", {}), find_blocks(build("llama"))[0]
+    with pytest.raises(ValueError, match="width=1000 does not fit"), run.where_applicable("widths"):
+        NarrowMLP(1000).n_params(block)
+    assert run.record()["left_out"] == {}
+
+
+@pytest.mark.parametrize(("name", "experts"), [("llama", 0), ("mixtral", 3), ("qwen3_moe", 2)])
+def test_a_run_says_where_mlps_have_no_neurons(name, experts, notebooks, capsys):
+    run, model = Run("09_test", {}), build(name)
+    model.source = Source("owner/name")
+    run.uses(model)
+    printed = capsys.readouterr().out
+    assert bool(printed) == bool(run.record()["left_out"]) == bool(experts)
+    assert not experts or f"NarrowPlusLinear. {experts} of its MLP blocks hold experts" in printed
 
 
 def test_a_seed_covers_python_numpy_and_torch():

@@ -5,7 +5,7 @@ import torch
 from conftest import capture_quietly
 from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 
-from mlpreplace import Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP, find_blocks, fit, ladder
+from mlpreplace import Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, NotApplicable, TwoLayerMLP, find_blocks, fit, ladder
 from mlpreplace.capture import MOMENTS
 from mlpreplace.replacements import FAMILIES as KNOWN
 
@@ -131,3 +131,17 @@ def test_a_family_survives_json(family):
 def test_an_unknown_family_is_named():
     with pytest.raises(ValueError, match="'Cubic'.*NarrowMLP"):
         Linear.from_dict({"family": "Cubic"})
+
+
+@pytest.mark.parametrize("family", [NarrowMLP, NarrowPlusLinear])
+def test_a_small_dense_mlp_stands_in_for_what_keeps_neurons(family):
+    """Of experts; once where several families ask for it."""
+    block = find_blocks(build("mixtral"))[0]
+    found = family.nearest(block, 0.25 * block.n_params)
+    assert found == TwoLayerMLP.nearest(block, 0.25 * block.n_params)
+    assert ladder(block, [0.25], [TwoLayerMLP, family]) == [found]
+
+
+def test_nothing_stands_in_for_a_narrow_attention_block(llama):
+    with pytest.raises(NotApplicable, match="self_attn.* no neurons"):
+        ladder(find_blocks(llama, "attention")[0], [0.25], [NarrowMLP])

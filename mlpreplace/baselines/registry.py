@@ -117,6 +117,9 @@ def calibrate(
     options |= dict(validation_windows=validation_windows)
     of_spans = capture_spans(model, spans, windows, mask, sample_windows=sample_windows, **options)
     if blocks is None:
-        both = [*find_blocks(model), *find_blocks(model, "attention")]
-        blocks = capture(model, both, windows, mask, sample_windows=0, **options)
+        mlps, attentions = find_blocks(model), find_blocks(model, "attention")
+        pairs = (
+            sample_windows if any(block.holds_experts for block in mlps) else 0
+        )  # a TwoLayerMLP is solved on them
+        blocks = capture(model, mlps + attentions, windows, mask, sample_windows=pairs, **options)
     return Calibration(stream, of_spans, blocks)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algebra import least_squares
-from ..blocks import Block, find_blocks
+from ..blocks import Block, NotApplicable, find_blocks
 from ..capture import BlockStatistics, Sample
 from ..layers import without_layers
 from ..replacements import NarrowMLP, Replacement
@@ -108,8 +108,8 @@ def replaceme(
         training: of "cosine"; its loss must be "cosine".
 
     Raises:
-        ValueError: an unknown objective, a sparsity that cannot be reached, statistics that are missing or of another model, an
-            MLP without output projection (experts) or with a norm between it and the stream (Gemma 2).
+        ValueError: an unknown objective, a sparsity that cannot be reached, statistics that are missing or of another model.
+        NotApplicable: an MLP without output projection (experts) or with a norm between it and the stream (Gemma 2).
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}.")
@@ -118,7 +118,7 @@ def replaceme(
     (span,) = replaceme_spans(model, calibration.of_stream(model), sparsity)
     s, block = calibration.of_span(span), find_blocks(model)[span.start - 1]
     if s.mlp is None:
-        raise ValueError(f"{block.name}: a norm stands between the MLP and the stream, so that no map can be fused into it.")
+        raise NotApplicable(f"{block.name}: a norm stands between the MLP and the stream, so that no map can be fused into it.")
     start, trained = time.perf_counter(), None
     if objective == "cosine":
         t, trained = cosine_map(block, s, training, progress=progress)

@@ -48,13 +48,15 @@ def error_vs_parameters(rows: pd.DataFrame) -> Figure:
     """Median per-token error on held-out text against the share of the block's parameters kept; a column a block.
 
     Above, closed forms (thin: on fitting tokens; band: quartiles). Below, trained replacements, as a ratio to the closed-form
-    NarrowMLP of the same size, interpolated; hollow: a mixture of experts at the parameters one token uses.
+    NarrowMLP of the same size, interpolated (TwoLayerMLP, where the blocks have no neurons to keep); hollow: a mixture of
+    experts at the parameters one token uses.
 
     Args:
         rows: family, trained (the loss, or none), layer, position, share_of_block, active_share_of_block,
             split ("train", "heldout", others are not drawn), median, q25, q75.
     """
     blocks = _blocks(rows)
+    reference = "NarrowMLP" if "NarrowMLP" in set(rows["family"]) else "TwoLayerMLP"
     figure, panels = plt.subplots(2, len(blocks), figsize=(7.2, 5.2), sharey="row", squeeze=False)
     seen: dict[str, mpl.artist.Artist] = {}
     for (above, below), (layer, title) in zip(panels.T, blocks, strict=True):
@@ -65,7 +67,7 @@ def error_vs_parameters(rows: pd.DataFrame) -> Figure:
             held, train = (fits[fits["split"] == split] for split in ("heldout", "train"))
             above.plot(train["share_of_block"], train["median"], color=look["color"], linewidth=0.6, alpha=0.6)
             (seen[family],) = above.plot(held["share_of_block"], held["median"], **look)
-            if family == "NarrowMLP":
+            if family == reference:
                 above.fill_between(held["share_of_block"], held["q25"], held["q75"], color=look["color"], alpha=0.12, lw=0)
                 size, error = np.log(held["share_of_block"]), np.log(held["median"])
         for family, fits in trained.groupby("family", sort=False):
@@ -88,7 +90,7 @@ def error_vs_parameters(rows: pd.DataFrame) -> Figure:
         below.set_xlabel("parameters kept in the block")
     panels[1][0].set_ylim(0.6, 3.2)  # what is far worse leaves the panel
     panels[0][0].set_ylabel("closed form\n‖g(x) − y‖² / ‖y‖² per token")
-    panels[1][0].set_ylabel("trained ÷ closed-form\nNarrowMLP of that size")
+    panels[1][0].set_ylabel(f"trained ÷ closed-form\n{reference} of that size")
     zero = panels[0][0]
     zero.text(0.98, 1.05, "output of zero", transform=zero.get_yaxis_transform(), fontsize=7, color="0.4", ha="right")
     thin = mpl.lines.Line2D([], [], color="0.4", linewidth=0.6)

@@ -68,13 +68,16 @@ def save_figure(figure: Figure, name: str, *, claim: str, rows: pd.DataFrame, ru
 
 
 def _measured_on(run: Run) -> str:
-    """What no number may be quoted without: the model, and the windows and sequence length of every split of every text."""
+    """What no number may be quoted without: the model, the windows and sequence length of every split of every text, and what
+    the model is not made for.
+    """
     splits: dict[tuple[str, int], list[str]] = {}
     for name, text in run.facts.get("texts", {}).items():
         of_text = splits.setdefault((text["text"], text["sequence_length"]), [])
         of_text.append(f"{name.split('_')[0]} {text['windows']}")
     texts = [f"{text}: {', '.join(names)} × {length} tokens" for (text, length), names in splits.items()]
-    return "  ·  ".join([run.facts.get("model", {}).get("id", ""), *texts])
+    left_out = [f"left out: {', '.join(names)}"] if (names := run.facts.get("left_out")) else []
+    return "  ·  ".join([run.facts.get("model", {}).get("id", ""), *texts, *left_out])
 
 
 def plain_log_ticks(axis: mpl.axis.Axis, form: str = "%g", subs: tuple[float, ...] = (1, 2, 3, 5)) -> None:
