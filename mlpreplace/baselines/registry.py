@@ -118,8 +118,6 @@ def calibrate(
     of_spans = capture_spans(model, spans, windows, mask, sample_windows=sample_windows, **options)
     if blocks is None:
         mlps, attentions = find_blocks(model), find_blocks(model, "attention")
-        pairs = (
-            sample_windows if any(block.holds_experts for block in mlps) else 0
-        )  # a TwoLayerMLP is solved on them
+        pairs = sample_windows if any(block.holds_experts for block in mlps) else 0  # a TwoLayerMLP is solved on them
         blocks = capture(model, mlps + attentions, windows, mask, sample_windows=pairs, **options)
     return Calibration(stream, of_spans, blocks)
