@@ -1,0 +1,204 @@
+"""Compress a model, and measure what it became, for those who want the result alone.
+
+python -m mlpreplace compress bundled/smollm2-135m --sparsity 0.25 --out small
+python -m mlpreplace evaluate small
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import (
+    METHODS,
+    Healing,
+    LowRank,
+    Mean,
+    NarrowPlusLinear,
+    allocate,
+    calibrate,
+    capture,
+    compare,
+    evaluate_tasks,
+    export,
+    find_blocks,
+    fit_all,
+    heal,
+    ladder,
+    load,
+    load_model,
+    load_windows,
+    narrow_widths,
+    perplexity_ratio,
+    refit,
+    save,
+    sparsity,
+    splice,
+    task_rows,
+)
+
+OURS = ("allocated", "uniform")  # whose plans are of MLPs to be fitted again, front to back
+WIDTH_STEPS = 12
+LINEAR_SIZES = (0.125, 0.25, 0.375, 0.5)  # of NarrowPlusLinear, shares of an MLP
+ATTENTION_SIZES = (0.05, 0.1, 0.2)  # of LowRank, shares of an attention block
+FORMS = {"delta": "what was replaced", "standalone": "the whole model", "plain": "a checkpoint that transformers loads"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 2 for a request that cannot be met, with the reason on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compress(options: Namespace) -> None:
+    """Plan, splice, measure, save."""
+    if Path(options.out).exists():  # before an hour goes into what could not be kept
+        raise FileExistsError(f"{options.out} exists; choose a new folder.")
+    model, tokenizer = load_model(options.model, device=options.device)
+    held = _heldout(options, tokenizer)
+    windows, validation = (
+        load_windows(options.text, tokenizer, split, seq_len=options.seq_len, n_windows=n, progress=True)
+        for split, n in (("calibration", options.windows), ("validation", options.validation_windows))
+    )
+    plan = _plan(model, windows, validation, options.method, options.sparsity)
+    if options.method in OURS:
+        _say("refit, front to back")
+        plan = refit(model, plan, windows, cached=True)
+    if options.healing_steps:
+        _say(f"heal, {options.healing_steps} steps")
+        plan, report = heal(model, plan, windows, validation, Healing(steps=options.healing_steps), cached=True)
+        if not report.improved:
+            print("Healing did not lower the validation KL: the plan stays as it was.", file=sys.stderr)
+    compressed = splice(model, plan)
+    measured = _measured(model, compressed, held)
+    made = {name: vars(options)[name] for name in ("method", "text", "windows", "seq_len", "healing_steps")}
+    metrics = made | {f"perplexity ratio on {row['text']}": row["ratio"] for row in measured.to_dict("records")}
+    if options.form == "plain":
+        export(compressed, options.out, metrics=metrics, tokenizer=tokenizer)
+    else:
+        save(compressed, options.out, standalone=options.form == "standalone", metrics=metrics, tokenizer=tokenizer)
+    _show(measured)
+    print(f"{sparsity(model, plan):.1%} of all attention and MLP parameters removed, in {len(plan)} blocks.")
+    print(f"{model.num_parameters():,} parameters became {compressed.num_parameters():,}. Saved in {options.out}.")
+
+
+def evaluate(options: Namespace) -> None:
+    """Measure a saved model beside the one it was made from."""
+    compressed = load(options.folder, device=options.device)
+    record = json.loads((Path(options.folder) / "replacements.json").read_text())
+    if not record["base"]:
+        raise ValueError(f"{options.folder} does not say which model it was made from, so there is nothing to compare it with.")
+    base = record["base"]
+    dtype = getattr(torch, record["dtype"])
+    model, tokenizer = load_model(base["id"], device=options.device, revision=base["revision"], dtype=dtype)
+    _show(_measured(model, compressed, _heldout(options, tokenizer)))
+    if options.tasks:
+        results = [
+            result
+            for label, which in (("dense", model), ("compressed", compressed))
+            for result in evaluate_tasks(which, tokenizer, options.tasks, label=label, limit=options.limit, cached=True)
+        ]
+        print(pd.DataFrame(task_rows(results, dense_label="dense")).to_string(index=False))
+
+
+def _plan(model: nn.Module, windows: Tensor, validation: Tensor, method: str, share: float) -> Mapping:
+    """By name: one of METHODS. "allocated" chooses among candidates for every block."""
+    both, last = torch.cat([windows, validation]), dict(validation_windows=len(validation), cached=True)
+    if method != "allocated":
+        return METHODS[method](model, calibrate(model, both, [share], methods=[method], **last), share)
+    mlps, attentions = find_blocks(model), find_blocks(model, "attention")
+    _say(f"capture, {len(mlps)} MLP and {len(attentions)} attention blocks")
+    stats = capture(model, mlps + attentions, both, moments=("input", "hidden", "cross"), **last)
+    families = {b: narrow_widths(b, WIDTH_STEPS) + ladder(b, LINEAR_SIZES, [NarrowPlusLinear]) for b in mlps}
+    families |= {b: [Mean(), *ladder(b, ATTENTION_SIZES, [LowRank])] for b in attentions}
+    _say(f"fit, {sum(map(len, families.values())):,} candidates")
+    candidates = {
+        b: fit_all([b], stats, of_block, samples=["validation"], progress=False)[b]
+        for b, of_block in tqdm(families.items(), desc="fit", unit="block", leave=False)
+    }
+    _say("allocate")
+    return allocate(model, stats, share, "joint", candidates=candidates, windows=validation)
+
+
+def _heldout(options: Namespace, tokenizer) -> dict[str, Tensor]:
+    sizes = dict(seq_len=options.seq_len, n_windows=options.heldout_windows)
+    return {text: load_windows(text, tokenizer, "heldout", **sizes) for text in options.heldout}
+
+
+def _measured(model: nn.Module, compressed: nn.Module, held: Mapping[str, Tensor]) -> pd.DataFrame:
+    """A row for every text: perplexity of both, their ratio with its 95 % interval."""
+    rows = []
+    for text, ids in held.items():
+        _say(f"measure on {text}")
+        dense, small = (compare(m, {"": {}}, ids, kl=False)[""] for m in (model, compressed))
+        ratio = perplexity_ratio(small, dense)
+        rows.append(
+            {
+                "text": text,
+                "tokens": ratio.tokens,
+                "dense": dense.perplexity,
+                "compressed": small.perplexity,
+                "ratio": ratio.value,
+                "low": ratio.low,
+                "high": ratio.high,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _show(measured: pd.DataFrame) -> None:
+    print("\nPerplexity on held-out text; ratio with its 95 % interval")
+    print(measured.to_string(index=False, float_format="{:.3f}".format))
+
+
+def _say(step: str) -> None:
+    print(f"{step} …", file=sys.stderr, flush=True)
+
+
+def _parser() -> ArgumentParser:
+    how = dict(formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(prog="python -m mlpreplace", description="Compress a language model by replacing its MLP blocks.")
+    commands = parser.add_subparsers(required=True, metavar="compress | evaluate")
+
+    c = commands.add_parser("compress", help="replace blocks by smaller fitted ones, save the model", **how)
+    c.set_defaults(command=compress)
+    c.add_argument("model", help="bundled/smollm2-135m, a hub id, or a folder")
+    c.add_argument("--sparsity", type=float, required=True, help="share of all attention and MLP parameters to remove")
+    c.add_argument("--out", required=True, help="folder to save in, which must not exist")
+    c.add_argument("--method", choices=METHODS, default="allocated", help="what is removed, and what stands in for it")
+    c.add_argument("--healing-steps", type=int, default=0, help="of distillation on the calibration text, on top")
+    c.add_argument("--text", default="bundled/mixture", help="to calibrate on: a bundled text, a file or folder, or a data set")
+    c.add_argument("--windows", type=int, default=64, help="of calibration")
+    c.add_argument("--validation-windows", type=int, default=8, help="of other documents, which the allocation goes by")
+    forms = "; ".join(f"{form}: {what}" for form, what in FORMS.items())
+    c.add_argument("--form", choices=FORMS, default="delta", help=forms)
+
+    e = commands.add_parser("evaluate", help="measure a saved model beside its dense one", **how)
+    e.set_defaults(command=evaluate)
+    e.add_argument("folder", help="what compress, save or export wrote")
+    e.add_argument("--tasks", nargs="+", default=[], help="bundled/piqa …, or any name that lm-eval knows")
+    e.add_argument("--limit", type=int, default=100, help="items of a task")
+
+    for command in (c, e):
+        command.add_argument("--heldout", nargs="+", default=["bundled/wiki", "bundled/speeches"], help="texts to measure on")
+        command.add_argument("--heldout-windows", type=int, default=8, help="of each")
+        command.add_argument("--seq-len", type=int, default=512, help="tokens in a window")
+        command.add_argument("--device", default="auto", help="cpu, cuda …; auto takes the GPU where there is one")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
