@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -169,7 +169,7 @@ def _say(step: str) -> None:
 
 
 def _parser() -> ArgumentParser:
-    how = dict(formatter_class=ArgumentDefaultsHelpFormatter)
+    how = dict(formatter_class=ArgumentDefaultsHelpFormatter, argument_default=SUPPRESS)
     parser = ArgumentParser(prog="python -m mlpreplace", description="Compress a language model by replacing its MLP blocks.")
     commands = parser.add_subparsers(required=True, metavar="compress | evaluate")
 

@@ -56,5 +56,9 @@ def _by_family(replacements: Mapping[str, Mapping]) -> dict[str, str]:
 
 
 def _table(header: tuple[str, str], rows) -> list[str]:
-    cells = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
+    cells = [" | ".join(_cell(cell) for cell in row) for row in rows]
     return [f"| {' | '.join(header)} |", "|---|---|", *(f"| {row} |" for row in cells), ""]
+
+
+def _cell(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
