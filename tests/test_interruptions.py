@@ -82,7 +82,7 @@ def interrupt(process: subprocess.Popen) -> None:
 
 @pytest.mark.notebooks
 @pytest.mark.bundled
-@pytest.mark.parametrize(("only", "figures"), [("03", 3), pytest.param("01 02 03 04 05 06", 18, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("only", "figures"), [("03", 3), pytest.param("01 02 03 04 05 06", 19, marks=pytest.mark.slow)])
 def test_smoke_killed_at_random_moments_draws_the_same_figures(only, figures, start, tmp_path):
     """Five kills; a run that is whole before its kill comes starts from nothing again."""
 
