@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from tiny_models import build
 from mlpreplace.assets import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMED = re.compile(".*seconds|prefill|decode|share_of_ideal")
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def heed_interrupts() -> None:
 def rows(folder: Path) -> dict[str, list[dict]]:
     """{figure: its rows without times}."""
     figures = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if "speed" not in path.stem}
-    return {n: [{k: v for k, v in row.items() if "seconds" not in k} for row in f["rows"]] for n, f in figures.items()}
+    return {name: [{k: v for k, v in row.items() if not TIMED.match(k)} for row in f["rows"]] for name, f in figures.items()}
 
 
 def kernel(process: subprocess.Popen) -> list[psutil.Process]:
