@@ -16,7 +16,7 @@ RUN     = $(PY) notebooks/run.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY
           $(if $(MODEL),-p MODEL $(MODEL)) $(if $(DEVICE),-p DEVICE $(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures studies smoke notebooks test lint lab bench clean distclean
+.PHONY: help setup figures studies smoke notebooks test lint lab bench clean distclean FORCE
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
@@ -29,6 +29,9 @@ setup: $(READY) $(ASSETS)  ## virtual environment, pinned packages, verified mod
 
 figures: setup  ## run every notebook (PROFILE) and draw figures/
 	$(RUN)
+
+figures/%.png: FORCE setup  # one figure, by the notebook or study that draws it, with that notebook's others
+	$(RUN) --figure $*
 
 studies: setup  ## the measurements that take longer than a notebook may: what each ingredient brings
 	$(RUN) --studies

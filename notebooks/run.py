@@ -4,6 +4,7 @@
     python notebooks/run.py --profile smoke          profiles/smoke.yaml over them
     python notebooks/run.py --only 02 -p SEED 1      one notebook, one parameter changed
     python notebooks/run.py --studies                the studies, which take longer, instead of the notebooks
+    python notebooks/run.py --figure 04_pareto       the notebook or study that draws this figure
 
 Executed copies go to executed/<profile>/, those of another MODEL to a folder of its name there. Figures go to figures/ only
 for an unchanged cpu run; any other run has a figures folder of its own, so that committed figures are never overwritten by
@@ -13,6 +14,7 @@ accident. --publish puts executed copies in the place of the notebooks themselve
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -87,6 +89,15 @@ def copies_folder(profile: str, overrides: dict) -> str:
     return "/".join(filter(None, ["executed", profile, short_name(overrides)]))
 
 
+def drawer(figure: str) -> Path:
+    """The notebook that drew a committed figure, as the figure's record says."""
+    record = ROOT / "figures" / f"{figure}.json"
+    if not record.exists():
+        known = ", ".join(sorted(path.stem for path in record.parent.glob("*.json")))
+        raise Refused(f"No figure {figure!r}; there are {known}.")
+    return HERE / f"{json.loads(record.read_text())['provenance']['notebook']}.ipynb"
+
+
 def figures_folder(profile: str, overrides: dict) -> str | None:
     """Where a changed run draws, relative to the repository; None where it is the committed place."""
     if profile == "cpu" and not overrides:
@@ -127,13 +138,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", default=[], help="numbers or names of notebooks, as in --only 02 04")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--studies", action="store_true", help="run studies/ instead of the notebooks")
+    parser.add_argument("--figure", help="one figure, by the name of its file: the notebook that draws it, with its others")
     parser.add_argument("--publish", action="store_true", help="replace the notebooks by their executed copies")
     options = parser.parse_args(arguments)
     try:
-        folders = {False: HERE, True: HERE / "studies"}
-        found = {studies: sorted(folder.glob("[0-9][0-9]_*.ipynb")) for studies, folder in folders.items()}
-        every, here = found[False] + found[True], found[options.studies]
-        notebooks = [n for n in here if not options.only or any(n.stem.startswith(o) for o in options.only)]
+        numbered, studies = (sorted(folder.glob("[0-9][0-9]_*.ipynb")) for folder in (HERE, HERE / "studies"))
+        every, here = numbered + studies, studies if options.studies else numbered
+        notebooks = [n for n in here if not options.only or n.stem.startswith(tuple(options.only))]
+        if options.figure:
+            notebooks = [drawer(options.figure)]
         if not notebooks:
             raise Refused(f"No notebook matches {options.only}; there are {[n.stem for n in here]}.")
         profile = read_profile(options.profile)

@@ -183,6 +183,7 @@ def test_any_model(name, tmp_path):
     [
         (["--profile", "huge"], "Unknown profile 'huge'"),
         (["--only", "77"], "No notebook matches"),
+        (["--figure", "77_none"], "No figure '77_none'; there are 01_parameter_share, "),
         (["-p", "SEEED", "1"], "unknown parameters ['SEEED']"),
         (["--publish", "-p", "SEED", "1"], "unchanged cpu profile only"),
     ],
@@ -217,6 +218,14 @@ def test_profiles_name_real_parameters(profile, monkeypatch):
     assert run.main(["--profile", profile]) == run.main(["--profile", profile, "--studies"]) == 0
     assert len(seen) == len(NOTEBOOKS)
     assert all(p["PROFILE"] == profile and p["FIGURES"] != "figures" for p in seen)
+
+
+@pytest.mark.parametrize(("figure", "notebook"), [("04_pareto", "04_full_replacement"), ("04_tasks", "04_ablation")])
+def test_a_figure_alone_is_drawn_by_its_notebook_or_study(figure, notebook, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "execute", lambda path, parameters, name: seen.append(path) or path)
+    assert run.main(["--figure", figure]) == 0
+    assert [path.stem for path in seen] == [notebook] and seen[0] in NOTEBOOKS
 
 
 def test_a_local_model_may_be_named_from_where_the_user_stands(tmp_path, monkeypatch):
