@@ -1,4 +1,4 @@
-"""Compile the paper: python paper/compile.py writes paper/mlpreplace.pdf. Offline; every number comes from figures/*.json."""
+"""Compile the paper: python paper/typeset.py writes paper/mlpreplace.pdf. Offline; every number comes from figures/*.json."""
 
 from __future__ import annotations
 
