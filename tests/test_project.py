@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA_NAMES = {"pytorch": "torch", "python-xxhash": "xxhash"}
+CONDA_NAMES = {"pytorch": "torch", "python-xxhash": "xxhash", "typst-py": "typst"}
 
 
 def requirements() -> dict[str, str]:
@@ -85,71 +84,3 @@ def test_make_refuses_an_old_python(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "Python 3.11 or newer is needed" in done.stderr
     assert not (tmp_path / "venv").exists()
-
-
-ALLOCATIONS = ["search + healing", "search", "knapsack", "nested", "greedy", "uniform"]
-COMPARED = {
-    "joint allocation + refit": "allocated + refit",
-    "joint allocation": "allocated",
-    "one width everywhere": "uniform",
-    "SubFit-style": "subfit",
-    "ShortGPT + linear maps": "shortgpt_linear",
-    "ReplaceMe": "replaceme",
-    "ReplaceMe, cosine": "replaceme_cosine",
-    "LLM-Streamline": "streamline_layer",
-    "UIDL": "uidl",
-    "ShortGPT": "shortgpt",
-}
-
-
-@pytest.mark.parametrize(
-    ("figure", "head", "names"),
-    [
-        ("04_pareto", "| method | 12.5 % |", dict(zip(ALLOCATIONS, ALLOCATIONS, strict=True))),
-        ("05_perplexity_vs_sparsity", "| method | removes |", COMPARED),
-    ],
-)
-def test_readme_results_are_those_of_the_figure(figure, head, names):
-    """Every ×number in a results table of the README is a perplexity ratio of the figure, and no method is left out."""
-    rows = json.loads((ROOT / "figures" / f"{figure}.json").read_text())["rows"]
-    ratios = {(r["method"], r["sparsity"], r["domain"]): r["perplexity_ratio"] for r in rows}
-    table = (ROOT / "README.md").read_text().partition(head)[2].partition("\n\n")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert {names[method] for method, *_ in lines} == {r["method"] for r in rows} - {"dense"}
-    for method, *cells in lines:
-        for sparsity, cell in zip((0.125, 0.25, 0.375), (c for c in cells if "×" in c), strict=True):
-            for domain, shown in zip(("bundled/wiki", "bundled/speeches"), re.findall(r"×([\d.]+)", cell), strict=True):
-                digits = len(shown.partition(".")[2])
-                assert float(shown) == pytest.approx(ratios[names[method], sparsity, domain], abs=0.6 * 10**-digits), method
-
-
-def test_readme_scores_are_those_of_the_figure():
-    """Before → after tuning, a column a task: language, vision, encoder, decoder."""
-    rows = json.loads((ROOT / "figures" / "06_merging.json").read_text())["rows"]
-    scores = {(r["method"], r["task"], r["tuned"]): r["score"] for r in rows if r["saved"] == 0.5}
-    tasks = list(dict.fromkeys(task for _, task, _ in scores))
-    table = (ROOT / "README.md").read_text().partition("| a half of the MLPs saved |")[2].partition("\n\n")[0]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert {method for method, *_ in lines} == {method for method, *_ in scores}
-    for method, *cells in lines:
-        for task, cell in zip(tasks, cells, strict=True):
-            for tuned, shown in zip((False, True), cell.split(" → "), strict=True):
-                number, share = re.search(r"[\d.]+", shown).group(), 0.01 if shown.endswith("%") else 1
-                close = 0.6 * share * 10 ** -len(number.partition(".")[2])
-                assert float(number) * share == pytest.approx(scores[method, task, tuned], abs=close), (method, task)
-
-
-def test_readme_errors_are_those_of_the_figure():
-    """Every family's row: mean over the blocks of the median held-out error at a quarter of a block's parameters."""
-    rows = json.loads((ROOT / "figures" / "02_error_vs_parameters.json").read_text())["rows"]
-    errors: dict[tuple[str, bool], list[float]] = {}
-    for r in rows:
-        if r["split"] == "heldout" and abs(r["share_of_block"] / 0.25 - 1) < 0.1:
-            errors.setdefault((r["family"], r["trained"] is not None), []).append(r["median"])
-    lines = re.findall(r"^\| `(\w+)` \| ([\d.–]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.M)
-    assert {family for family, *_ in lines} == {family for family, _ in errors}
-    for family, *cells in lines:
-        for trained, cell in zip((False, True), cells, strict=True):
-            of_blocks = errors.get((family, trained))
-            expected = "–" if of_blocks is None else f"{sum(of_blocks) / len(of_blocks):.3f}"
-            assert cell == expected, family

@@ -1,0 +1,221 @@
+"""Every number of the README's results is one of a figure's json: a new run says here what the README has to say."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WIKI, SPEECHES = "bundled/wiki", "bundled/speeches"
+NAMES = r"\[\d\d\]\([^)]*\)|\]\([^)]*\)|SmolLM2(-135M)?|8-bit|top-1"  # notebooks, links, names: no results
+
+
+@cache
+def figure(name: str) -> dict:
+    return json.loads((ROOT / "figures" / f"{name}.json").read_text())
+
+
+def rows(name: str, **fields) -> list[dict]:
+    return [r for r in figure(name)["rows"] if all(r[key] == value for key, value in fields.items())]
+
+
+def row(name: str, **fields) -> dict:
+    (found,) = rows(name, **fields)
+    return found
+
+
+SPARSITIES = figure("04_pareto")["provenance"]["parameters"]["SPARSITIES"]
+MIDDLE = SPARSITIES[1]
+
+
+# Numbers as the README shows them.
+
+
+def times(x: float) -> str:
+    """Three significant digits, at most two behind the point."""
+    return f"×{x:.{2 if x < 9.995 else 1 if x < 99.95 else 0}f}"
+
+
+def share(x: float) -> str:
+    return f"{100 * x:.1f}".removesuffix(".0") + " %"
+
+
+def percent(x: float) -> str:
+    return f"{100 * x:.0f} %"
+
+
+def seconds(x: float) -> str:
+    return "< 1 s" if x < 1 else f"{x:.0f} s"
+
+
+def both(name: str, method: str, sparsity: float) -> str:
+    ratios = [row(name, method=method, sparsity=sparsity, domain=d)["perplexity_ratio"] for d in (WIKI, SPEECHES)]
+    return f"{times(ratios[0])} ({times(ratios[1])})"
+
+
+# The tables: {first cell of the head: (head, {first cell of a line: the cells after it})}; None is a cell of words.
+
+COMPARED = {
+    "joint allocation + refit": "allocated + refit",
+    "joint allocation": "allocated",
+    "one width everywhere": "uniform",
+    "SubFit-style": "subfit",
+    "ShortGPT + linear maps": "shortgpt_linear",
+    "ReplaceMe": "replaceme",
+    "ReplaceMe, cosine": "replaceme_cosine",
+    "LLM-Streamline": "streamline_layer",
+    "UIDL": "uidl",
+    "ShortGPT": "shortgpt",
+}
+
+
+def others(name: str) -> list[str]:
+    return list(dict.fromkeys(r["method"] for r in figure(name)["rows"] if r["method"] != "dense"))
+
+
+def pareto() -> dict[str, list]:
+    return {m: [both("04_pareto", m, s) for s in SPARSITIES] for m in others("04_pareto")}
+
+
+def comparison() -> dict[str, list]:
+    name = "05_perplexity_vs_sparsity"
+    label = {method: shown for shown, method in COMPARED.items()}
+    fit = {m: row(name, method=m, sparsity=MIDDLE, domain=WIKI)["fit_seconds"] for m in others(name)}
+    return {label.get(m, m): [None, *(both(name, m, s) for s in SPARSITIES), seconds(fit[m])] for m in others(name)}
+
+
+def merging() -> dict[str, list]:
+    def shown(method: str, task: str, tuned: bool) -> str:
+        r = row("06_merging", method=method, task=task, tuned=tuned, saved=0.5)
+        style = {"accuracy": lambda x: f"{100 * x:.1f} %", "BLEU": "{:.1f}".format}
+        return style.get(r["measure"], times)(r["score"])
+
+    tasks = ["language", "vision", "translation, encoder", "translation, decoder"]
+    return {m: [f"{shown(m, t, False)} → {shown(m, t, True)}" for t in tasks] for m in others("06_merging")}
+
+
+def at_a_quarter() -> list[dict]:
+    return [r for r in rows("02_error_vs_parameters", split="heldout") if abs(r["share_of_block"] / 0.25 - 1) < 0.1]
+
+
+def families() -> dict[str, list]:
+    def error(family: str, trained: bool) -> str:
+        found = [r["median"] for r in at_a_quarter() if r["family"] == family and (r["trained"] is not None) == trained]
+        return f"{sum(found) / len(found):.3f}" if found else "–"
+
+    return {f"`{f}`": [error(f, False), error(f, True), None] for f in dict.fromkeys(r["family"] for r in at_a_quarter())}
+
+
+SHARES = [share(s) for s in SPARSITIES]
+TABLES = [
+    (["method", *SHARES], pareto),
+    (["method", "removes", *SHARES, "fit"], comparison),
+    (["a half of the MLPs saved"], merging),
+    (["family", "closed form", "trained"], families),
+]
+
+
+def phrases() -> list[str]:
+    """What the prose around the tables says, as it has to stand there."""
+    texts = figure("04_pareto")["provenance"]["texts"]
+    calibration, (scored, *_) = texts["calibration"], [r["tokens"] for r in rows("04_pareto", domain=WIKI)]
+    healed = row("04_ablation", method="search + healing", sparsity=MIDDLE, domain=WIKI)
+    ideal = [r["share_of_ideal"] for r in figure("04_speed")["rows"] if r["method"] != "dense"]
+    kept = [row("04_tasks", method="search + healing", sparsity=s, task="average") for s in SPARSITIES]
+    doubt = sorted(r["accuracy_retained_se"] for r in kept)
+    achieved = {
+        m: row("05_perplexity_vs_sparsity", method=m, sparsity=MIDDLE, domain=WIKI)["sparsity_achieved"]
+        for m in ("replaceme", "shortgpt_linear")
+    }
+    hardest = max(rows("05_redundancy", kind="mlp"), key=lambda r: r["damage"])
+    mended = {m: both("05_healing", f"{m} + healing", MIDDLE) for m in ("subfit", "replaceme", "allocated + refit")}
+    vision, bleu = (row("06_merging", method="dense", task=t)["score"] for t in ("vision", "translation, encoder"))
+    single = figure("02_error_vs_parameters")["provenance"]["texts"]
+    (active,) = {percent(r["active_share_of_block"]) for r in at_a_quarter() if r["family"] == "MixtureOfExperts"}
+    return [
+        f"{scored:,} tokens each in windows of {calibration['sequence_length']}",
+        f"Fits see {calibration['tokens']:,} tokens",
+        f"distilled for {healed['healing_steps']} steps ({healed['healing_tokens']:,} tokens)",
+        f"prefill reaches {percent(min(ideal))} to {percent(max(ideal))} of the speed-up",
+        "keeps {}, {} and {} at these".format(*(percent(r["accuracy_retained"]) for r in kept)),
+        f"each ± {100 * doubt[0]:.0f} to {percent(doubt[-1])}",
+        f"(at {share(MIDDLE)} that is {share(achieved['replaceme'])}, with linear maps {share(achieved['shortgpt_linear'])})",
+        f"take in layer {hardest['layer']}, ",
+        f"Healing {healed['healing_steps']} steps at {share(MIDDLE)} ends at {mended['subfit']} from SubFit-style, "
+        f"{mended['replaceme']} from ReplaceMe and {mended['allocated + refit']} from joint allocation + refit",
+        f"(dense {share(vision)})",
+        f"(dense BLEU {bleu:.1f})",
+        f"median over {single['heldout']['tokens']:,} held-out Wikipedia tokens",
+        f"fitted on {single['calibration']['tokens']:,} tokens",
+        f"; {active} of the block's parameters active",
+        f"a plan at {share(MIDDLE)} takes",
+        f"each method takes at {share(MIDDLE)}",
+    ]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def problems(section: str) -> list[str]:
+    """What the README's results say and no figure does, each with what has to stand there."""
+    found = []
+    for head, lines_of in TABLES:
+        expected, tables = lines_of(), section.split("\n\n")
+        matching = [t for t in tables if t.startswith("|") and cells(t.splitlines()[0])[: len(head)] == head]
+        if len(matching) != 1:
+            found.append(f"expected one table with the head {head}, found {len(matching)}")
+            continue
+        lines = {cells(line)[0]: cells(line)[1:] for line in matching[0].splitlines()[2:]}
+        found += [f"no line for {name!r}, expected {expected[name]}" for name in expected.keys() - lines.keys()]
+        found += [f"the line {name!r} is of no method of the figure" for name in lines.keys() - expected.keys()]
+        for name in lines.keys() & expected.keys():
+            pairs = list(zip(lines[name], expected[name], strict=True))
+            found += [f"{name}: {shown!r} has to be {right!r}" for shown, right in pairs if right not in (None, shown)]
+        words = [
+            shown for name in lines for shown, right in zip(lines[name], expected.get(name, []), strict=False) if right is None
+        ]
+        section = section.replace(matching[0], "\n".join(words))
+    prose = re.sub(NAMES, "", " ".join(section.split()))
+    for phrase in phrases():
+        if phrase not in prose:
+            like = re.sub(r"\d[\d,]*(\\\.\d+)?", r"\\d[\\d,]*(\\.\\d+)?", re.escape(phrase))
+            stands = re.search(like, prose)
+            found.append(f"{stands.group() if stands else 'nothing'!r} has to be {phrase!r}")
+            prose = prose.replace(stands.group(), "") if stands else prose
+        prose = prose.replace(phrase, "")
+    left = re.findall(r".{0,30}\d.{0,30}", prose)
+    return found + [f"no source for the number in {piece!r}" for piece in left]
+
+
+def results() -> str:
+    text = (ROOT / "README.md").read_text()
+    return re.search(r"\n## What it shows\n(.*?)\n## ", text, re.DOTALL).group(1)
+
+
+def test_every_number_of_the_results_is_a_figure_s():
+    found = problems(results())
+    assert not found, "README.md, What it shows:\n  " + "\n  ".join(found)
+
+
+def planted(change) -> set[str]:
+    """The problems of the results with one thing changed in them, beyond those they have."""
+    changed = change(results())
+    assert changed != results()
+    return set(problems(changed)) - set(problems(results()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: re.sub(r"(\| greedy \| ×)[\d.]+", r"\g<1>9.99", text),  # a cell
+        lambda text: text.replace("| UIDL | a span of layers |", "| UIDL | 7 layers |"),  # words of a table
+        lambda text: re.sub(r"(windows of )\d+", r"\g<1>500", text),  # a number of the prose
+        lambda text: text.replace("Matching is worth it,", "Matching is worth it in 9 of 10 cases,"),  # of no source
+        lambda text: re.sub(r"\n\| nested \|.*", "", text),  # a method that is left out
+    ],
+)
+def test_a_number_of_no_figure_is_found(change):
+    assert len(planted(change)) == 1
