@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from .models import input_device
 from .structure import layer_lists
 
 Batch = Mapping[str, Tensor]  # {"pixel_values": …}, {"input_ids": …, "attention_mask": …, "labels": …}; the first axis is items
@@ -36,7 +37,8 @@ def split(batch: Batch, batch_size: int) -> list[dict[str, Tensor]]:
 
 
 def on_device(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
+    """The batch where ``model`` takes its inputs."""
+    device = input_device(model)
     return {name: t.to(device) if isinstance(t, Tensor) else t for name, t in batch.items()}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import Stack
+from .models import check_held
 from .structure import layer_lists, submodule
 
 KINDS = ("mlp", "attention")
@@ -78,7 +80,9 @@ class Block:
 
     @property
     def device(self) -> torch.device:
-        return next(self.modules[0].parameters()).device
+        """Of its weights; raises ValueError where they are offloaded."""
+        weights = chain.from_iterable(module.parameters() for module in (*self.modules, self.host))
+        return check_held(next(weights), self.name).device
 
     def weights(self) -> MLPWeights:
         """Up, gate and down projection as [out, in] tensors; raises NotApplicable where the block has none."""

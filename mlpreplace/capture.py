@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,18 @@ from tqdm import tqdm
 from .batches import Batch, is_seq2seq, items, on_device, real_tokens, through_layers
 from .blocks import Block
 from .cache import Entry
+from .memory import halving, homes, windows_at_once
 from .models import check_windows, eval_mode
 
 MOMENTS = {"input": "xx", "hidden": "hh", "cross": "hx"}  # and the field that tells whether one was captured
 DEFAULT_MOMENTS = ("input", "hidden")
+PATCHES = 1024  # of an image, at most, where memory is estimated
 SUMS = ("sum_x", "sum_y", "sum_h", "xx", "xy", "hh", "hx")
 
 
 @dataclass
 class Sample:
-    """Whole windows of input/output pairs of one block, in the block's dtype."""
+    """Whole windows of input/output pairs of one block, in the block's dtype; of a model on a GPU they wait in CPU memory."""
 
     x: Tensor  # [windows, seq_len, hidden] what enters the block (after its norm)
     y: Tensor  # [windows, seq_len, hidden] what leaves it (before the residual add)
@@ -41,6 +43,9 @@ class Sample:
     def head(self, windows: int) -> Sample:
         """The first ``windows`` windows."""
         return Sample(*(getattr(self, f.name)[:windows] for f in fields(self)))
+
+    def to(self, device: torch.device) -> Sample:
+        return Sample(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass
@@ -62,6 +67,11 @@ class BlockStatistics:
     validation: Sample | None = None  # windows that are in no moment
     _parts: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
 
+    def to(self, device: torch.device) -> BlockStatistics:
+        """The same with all sums on ``device``; samples stay where they are."""
+        sums = {name: t if (t := getattr(self, name)) is None else t.to(device) for name in SUMS}
+        return replace(self, **sums)
+
     def require(self, block: Block, *moments: str) -> None:
         """Raise ValueError, with the name of ``block``, unless every moment was captured, from at least two tokens, and
         all are finite.
@@ -80,9 +90,11 @@ class BlockStatistics:
 Statistics = dict[Block, BlockStatistics]
 
 
-def _add(total: Tensor | None, value: Tensor) -> Tensor:
-    """Sum in float64; the product of one batch is made in the precision of the activations."""
-    return value.double() if total is None else total.add_(value)
+def _add(total: Tensor | None, value: Tensor, home: torch.device | None = None) -> Tensor:
+    """Sum in float64, on ``home`` where it is given; the product of one batch is made where the activations are, and in their
+    precision, float32 for half precision.
+    """
+    return value.to(home or value.device, torch.float64) if total is None else total.add_(value.to(total.device))
 
 
 def _tensor(value) -> Tensor:
@@ -93,8 +105,8 @@ def _tensor(value) -> Tensor:
 class _Collector:
     """Hooks of one block. State of the running batch: which tokens count, and what has been seen so far."""
 
-    def __init__(self, statistics: BlockStatistics, moments: Collection[str]):
-        self.statistics, self.moments = statistics, moments
+    def __init__(self, statistics: BlockStatistics, moments: Collection[str], home: torch.device):
+        self.statistics, self.moments, self.home = statistics, moments, home
         self.keep: Tensor | None = None  # [batch, seq_len] real tokens
         self.part: str | None = "train"  # "train", "validation", or None for a batch that only enters the moments
         self.shape: torch.Size | None = None  # [batch, seq_len], where the batch says so
@@ -109,7 +121,7 @@ class _Collector:
         return hidden if self.shape is None else hidden.reshape(*self.shape, hidden.shape[-1])
 
     def flat(self, hidden: Tensor) -> Tensor:
-        rows = hidden if self.keep is None else hidden[self.keep]
+        rows = hidden if self.keep is None else hidden[self.keep.to(hidden.device)]
         rows = rows.reshape(-1, hidden.shape[-1])  # [tokens, width]
         return rows if rows.dtype == torch.float64 else rows.float()
 
@@ -117,25 +129,25 @@ class _Collector:
         self.x = self.windows(args[0] if args else kwargs["hidden_states"])
         if self.in_moments and "input" in self.moments:
             x, s = self.flat(self.x), self.statistics
-            s.sum_x, s.xx = _add(s.sum_x, x.sum(0)), _add(s.xx, x.T @ x)
+            s.sum_x, s.xx = self.add(s.sum_x, x.sum(0)), self.add(s.xx, x.T @ x)
 
     def hidden(self, module, args) -> None:
         if self.in_moments:
             h, s = self.flat(self.windows(args[0])), self.statistics
-            s.sum_h = _add(s.sum_h, h.sum(0))
+            s.sum_h = self.add(s.sum_h, h.sum(0))
             if "hidden" in self.moments:
-                s.hh = _add(s.hh, h.T @ h)
+                s.hh = self.add(s.hh, h.T @ h)
             if "cross" in self.moments:
-                s.hx = _add(s.hx, h.T @ self.flat(self.x))
+                s.hx = self.add(s.hx, h.T @ self.flat(self.x))
 
     def exit(self, module, args, output) -> None:
         output, s = self.windows(_tensor(output)), self.statistics
         if self.in_moments:
             y = self.flat(output)
             s.tokens += y.shape[0]
-            s.sum_y = _add(s.sum_y, y.sum(0))
+            s.sum_y = self.add(s.sum_y, y.sum(0))
             if "input" in self.moments:
-                s.xy = _add(s.xy, self.flat(self.x).T @ y)
+                s.xy = self.add(s.xy, self.flat(self.x).T @ y)
         self.sample("x", self.x)
         self.sample("y", output)
         self.x = None
@@ -147,7 +159,10 @@ class _Collector:
     def sample(self, name: str, value: Tensor) -> None:
         if self.part:
             # copied: the layers after this one are free to write into the tensor
-            self.statistics._parts.setdefault(f"{self.part}.{name}", []).append(value.detach().clone())
+            self.statistics._parts.setdefault(f"{self.part}.{name}", []).append(value.detach().to("cpu", copy=True))
+
+    def add(self, total: Tensor | None, value: Tensor) -> Tensor:
+        return _add(total, value, self.home)
 
 
 @contextmanager
@@ -176,7 +191,7 @@ def capture(
     moments: Collection[str] = DEFAULT_MOMENTS,
     validation_windows: int = 4,
     sample_windows: int | None = 4,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     cached: bool = False,
     progress: bool = True,
 ) -> Statistics:
@@ -193,11 +208,13 @@ def capture(
             NarrowPlusLinear, with the other two). A block without neurons has an input moment only.
         validation_windows: that many last windows enter no moment and measure the error of fits on unseen tokens.
         sample_windows: that many first windows are kept as input/output pairs; None keeps every window that is fitted on.
-        batch_size: windows in one forward pass.
+        batch_size: windows in one forward pass; None for 4 on a CPU, and on a GPU for as many as its free memory has room for.
+            Where it has not, the pass starts again with half as many.
         cached: keep the result on disk, and take it from there when model, windows, options and code are the same.
 
     Returns:
-        {block: BlockStatistics}; memory depends on the windows sampled, not on their number in all.
+        {block: BlockStatistics}; memory depends on the windows sampled, not on their number in all. Sums are on the device of
+        their block, or on the CPU where they would take more than half of what is free; samples are on the CPU.
 
     Raises:
         ValueError: unknown moment, no window left to fit on, a sequence longer than the model's context, a mask beside a
@@ -217,24 +234,29 @@ def capture(
         options = set(moments), validation_windows, sample_windows, batch_size
         entry = Entry("capture", "capture", model, blocks, windows, mask, *options)
         if (stored := entry.load()) is not None:
-            return _unflatten(blocks, stored)
+            return _unflatten(homes(blocks, moments), stored)
 
-    statistics = {block: BlockStatistics() for block in blocks}
-    collectors = {block: _Collector(s, moments) for block, s in statistics.items()}
-    forward = through_layers(model)
+    forward, home = through_layers(model), homes(blocks, moments)
     masks = {stack: real_tokens(model, stack, whole) for stack in {block.stack for block in blocks}}
     # sampled windows run in batches of their own, so that a batch is sampled whole or not at all
     parts = [("train", 0, sample_windows), (None, sample_windows, n_fit), ("validation", n_fit, n_windows)]
-    batches = [(p, i, min(i + batch_size, end)) for p, start, end in parts for i in range(start, end, batch_size)]
 
-    with eval_mode(model), _hooks(collectors), torch.inference_mode():
-        for part, start, end in tqdm(batches, desc="capture", unit="batch", disable=not progress, leave=False):
-            batch = on_device({name: t[start:end] for name, t in whole.items()}, model)
-            for block, c in collectors.items():
-                real = real_tokens(model, block.stack, batch)
-                c.keep, c.part = None if real is None else real.bool(), part
-                c.shape = _shape(model, batch, real)
-            forward(batch)
+    def run(batch_size: int) -> Statistics:
+        statistics = {block: BlockStatistics() for block in blocks}
+        collectors = {block: _Collector(s, moments, home[block]) for block, s in statistics.items()}
+        batches = [(p, i, min(i + batch_size, end)) for p, start, end in parts for i in range(start, end, batch_size)]
+        with eval_mode(model), _hooks(collectors), torch.inference_mode():
+            for part, start, end in tqdm(batches, desc="capture", unit="batch", disable=not progress, leave=False):
+                batch = on_device({name: t[start:end] for name, t in whole.items()}, model)
+                for block, c in collectors.items():
+                    real = real_tokens(model, block.stack, batch)
+                    c.keep, c.part = None if real is None else real.bool(), part
+                    c.shape = _shape(model, batch, real)
+                forward(batch)
+        return statistics
+
+    seq_len = max((t.shape[1] for name, t in whole.items() if name.endswith("input_ids")), default=PATCHES)
+    statistics = halving(run, batch_size or windows_at_once(blocks, seq_len))
     for block, s in statistics.items():
         _finish(block, s, masks[block.stack], {"train": (0, sample_windows), "validation": (n_fit, n_windows)})
     if cached:
@@ -248,7 +270,7 @@ def sample(
     windows: Tensor,
     mask: Tensor | None = None,
     *,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     cached: bool = False,
     progress: bool = True,
 ) -> dict[Block, Sample]:
@@ -273,7 +295,7 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
         b = second[block]
         if any((getattr(a, name) is None) != (getattr(b, name) is None) for name in SUMS):
             raise ValueError(f"The two statistics of {block.name} hold different moments.")
-        sums = {name: getattr(a, name) + getattr(b, name) for name in SUMS if getattr(a, name) is not None}
+        sums = {name: t + getattr(b, name).to(t.device) for name in SUMS if (t := getattr(a, name)) is not None}
         samples = {part: _join(getattr(a, part), getattr(b, part), block) for part in ("train", "validation")}
         merged[block] = BlockStatistics(a.tokens + b.tokens, **sums, **samples)
     return merged
@@ -300,11 +322,12 @@ def _flatten(statistics: Statistics) -> dict[str, Tensor]:
     return flat
 
 
-def _unflatten(blocks: list[Block], flat: dict[str, Tensor]) -> Statistics:
+def _unflatten(home: Mapping[Block, torch.device], flat: dict[str, Tensor]) -> Statistics:
     statistics = {}
-    for block in blocks:
-        found = {k.removeprefix(f"{block.name}/"): t.to(block.device) for k, t in flat.items() if k.startswith(f"{block.name}/")}
-        s = statistics[block] = BlockStatistics(tokens=int(found["tokens"]), **{f: found.get(f) for f in SUMS})
+    for block, device in home.items():
+        found = {k.removeprefix(f"{block.name}/"): t for k, t in flat.items() if k.startswith(f"{block.name}/")}
+        s = BlockStatistics(tokens=int(found["tokens"]), **{f: found.get(f) for f in SUMS}).to(device)
+        statistics[block] = s
         for part in ("train", "validation"):
             if f"{part}/x" in found:
                 setattr(s, part, Sample(**{f.name: found[f"{part}/{f.name}"] for f in fields(Sample)}))

@@ -155,11 +155,11 @@ def _(family: TwoLayerMLP, block: Block, s: BlockStatistics, how: ClosedForm) ->
         return zeros | state
     if s.train is None:
         raise ValueError(f"{family} of {block.name} is solved on sampled tokens: capture(..., sample_windows=None).")
-    body = family.build(block).to(device=s.train.x.device, dtype=torch.promote_types(block.dtype, torch.float32))
+    body = family.build(block).to(device=s.sum_x.device, dtype=torch.promote_types(block.dtype, torch.float32))
     rows, bias = (tensor.to(body.up.weight) for tensor in _features(block, s, family.width, how))
     features = {"up.weight": rows, "up.bias": bias}
     body.load_state_dict(features, strict=False)
-    of_features = _statistics(body.neurons, s.train)
+    of_features = _statistics(body.neurons, s.train, rows.device)
     w, _ = _linear_map(block, of_features, how.ridge)
     return features | {"down.weight": w.T, "down.bias": (of_features.sum_y - of_features.sum_x @ w) / of_features.tokens}
 
@@ -208,12 +208,12 @@ def _gated_features(block: Block, s: BlockStatistics, width: int, how: ClosedFor
 
 
 @torch.no_grad()
-def _statistics(features: Callable[[Tensor], Tensor], sample: Sample) -> BlockStatistics:
-    """Input moments of ``features`` (in the place of x) and outputs over the tokens of a sample."""
+def _statistics(features: Callable[[Tensor], Tensor], sample: Sample, device: torch.device) -> BlockStatistics:
+    """Input moments of ``features`` (in the place of x) and outputs over the tokens of a sample, made on ``device``."""
     totals: list[Tensor] = []
     tokens = sample.x[sample.mask].split(CHUNK), sample.y[sample.mask].split(CHUNK)
     for x, y in zip(*tokens, strict=True):
-        f = features(x.to(torch.promote_types(x.dtype, torch.float32)))  # [tokens, width]
+        f = features(x.to(device, torch.promote_types(x.dtype, torch.float32)))  # [tokens, width]
         sums = [t.double() for t in (f.sum(0), y.to(f).sum(0), f.T @ f, f.T @ y.to(f))]
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     sum_x, sum_y, xx, xy = totals or [None] * 4

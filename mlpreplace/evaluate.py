@@ -119,6 +119,7 @@ def compare(
         plans: {label: {block: replacement}}.
         windows: token ids [windows, seq_len].
         kl: whether to measure KL(dense ‖ plan) as well, one pass over the vocabulary more.
+        batch_size: windows that run at a time; a batch that the device has no room for is run in halves, or halves of these.
         cached: keep each plan's result on each batch on disk, and run only what is not there yet.
 
     Returns:

@@ -101,7 +101,7 @@ def _fit(
             return replacement
 
     start = time.perf_counter()
-    state = solve(family, block, s, how)
+    state = solve(family, block, s.to(block.device), how)
     seconds, trained = time.perf_counter() - start, None
     if training is not None:
         if s.train is None or s.validation is None:

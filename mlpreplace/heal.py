@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .blocks import Block
 from .cache import Entry, fingerprint
-from .models import check_windows
+from .models import check_windows, input_device
 from .replacements import Replacement
 from .reports import TrainingReport
 from .splice import bodies, copied
@@ -64,7 +64,7 @@ def _teach(model: nn.Module, windows: Tensor, how: Healing, cached: bool) -> _Te
             return _Teacher(**stored)
     log_p, tokens = [], []
     for ids in windows.split(how.batch_windows):
-        logits = model(ids.to(model.device), use_cache=False).logits.float()  # [windows, seq_len, vocab]
+        logits = model(ids.to(input_device(model)), use_cache=False).logits.float()  # [windows, seq_len, vocab]
         top, where = logits.topk(min(how.top_k, logits.shape[-1]), dim=-1)
         log_p.append((top - logits.logsumexp(-1, keepdim=True)).cpu())
         tokens.append(where.cpu())
@@ -126,7 +126,7 @@ def _course(model: nn.Module, windows: Tensor, validation: Tensor, how: Healing,
     per_epoch = len(windows) // batch
 
     def loss(ids: Tensor, lesson: _Teacher, items: Tensor | slice) -> Tensor:
-        return lesson.kl(model(ids[items].to(model.device), use_cache=False).logits.float(), items)
+        return lesson.kl(model(ids[items].to(input_device(model)), use_cache=False).logits.float(), items)
 
     @torch.no_grad()
     def examined(ids: Tensor, lesson: _Teacher) -> float:

@@ -47,14 +47,35 @@ class Source:
         return {"id": self.id, "revision": self.revision, "sha256": self.sha256}
 
 
+SPREAD = ("balanced", "balanced_low_0", "sequential")  # accelerate's ways to lay a model over all GPUs
+
+
 def resolve_device(device: str = "auto") -> torch.device:
-    """ "auto" is the GPU where there is one; asking for a GPU that is not there raises ValueError."""
+    """ "auto" is the GPU where there is one, and the first of them is where a model starts that is spread over all.
+
+    Asking for a GPU that is not there raises ValueError.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device(device)
+    resolved = torch.device("cuda" if device in SPREAD else device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"DEVICE={device!r} was asked for, but PyTorch sees no GPU here. Use 'auto' or 'cpu'.")
     return resolved
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where ``model`` takes its inputs, and gives its logits: the device of its first weights."""
+    return check_held(next(model.parameters()), type(model).__name__).device
+
+
+def check_held(weight: Tensor, whose: str) -> Tensor:
+    """``weight``; raises ValueError where it has no content here: offloaded, or never there."""
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"Weights of {whose} are not on any device (offloaded to the CPU or to disk?). They are needed where they compute: "
+            'take more or larger GPUs with device="balanced", dtype=torch.bfloat16, or device="cpu".'
+        )
+    return weight
 
 
 @contextmanager
@@ -148,7 +169,8 @@ def load_model(
 
     Args:
         name: "bundled/smollm2-135m", a local folder with config, safetensors and tokenizer, or a hub id.
-        device: "auto", "cpu", "cuda", "cuda:1" …
+        device: "auto", "cpu", "cuda", "cuda:1" …; or one of accelerate's ways to spread the layers over all GPUs: "balanced"
+            (evenly), "balanced_low_0" (less on the first, which holds the logits), "sequential" (one full after the other).
         dtype: None means float32 on a CPU and the checkpoint's own precision on a GPU.
         revision: commit, tag or branch of a hub repository.
 
@@ -156,9 +178,10 @@ def load_model(
         (model, tokenizer); ``model.source`` says where the weights came from, and what they were.
 
     Raises:
-        ValueError: unknown model, no GPU where one was asked for, weights that are not safetensors.
+        ValueError: unknown model, no GPU where one was asked for, weights that are not safetensors, GPUs that are too small
+            for all weights.
     """
-    device = resolve_device(device)
+    spread, device = (device if device in SPREAD else None), resolve_device(device)
     if name in BUNDLED:
         path, source = bundled_folder(name)
     elif name.startswith("bundled/"):
@@ -172,12 +195,15 @@ def load_model(
         dtype = torch.float32 if device.type == "cpu" else "auto"
     try:
         with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision or "main", use_safetensors=True)
+            how = dict(dtype=dtype, revision=revision or "main", use_safetensors=True, device_map=spread)
+            model = AutoModelForCausalLM.from_pretrained(path, **how)
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError) as error:  # no such repository, no weights in safetensors, no tokenizer
         raise ValueError(
             f"Unknown model {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local folder with config, safetensors "
             f"and tokenizer, nor a hub id that could be fetched ({str(error).splitlines()[0]})"
         ) from error
+    for weight in model.parameters():
+        check_held(weight, name)
     model.source = replace(source, weights=weight_hashes(model))
-    return model.to(device).eval(), tokenizer
+    return (model if spread else model.to(device)).eval(), tokenizer

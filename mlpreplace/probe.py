@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .blocks import Block
 from .capture import _tensor
-from .models import check_windows, eval_mode
+from .models import check_windows, eval_mode, input_device
 from .splice import Plan, spliced
 
 OBJECTIVES = ("kl", "sampled")
@@ -87,7 +87,7 @@ def probe(
 def _pass(
     model: nn.Module, plan: Plan, blocks: list[Block], ids: Tensor, objective: str, generator: torch.Generator
 ) -> tuple[float, dict[Block, Probe]]:
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(input_device(model))
     seen: dict[Block, dict] = {block: {} for block in blocks}
     with eval_mode(model), torch.enable_grad():
         log_p = _dense(model, ids) if objective == "kl" else None

@@ -111,7 +111,8 @@ class Run:
                 self._leave_out("NarrowMLP and NarrowPlusLinear", why)
             parameter = next(model.parameters())
             self.facts["model"] = model.source.as_dict()
-            self.facts["device"], self.facts["dtype"] = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
+            self.facts["device"] = ", ".join(dict.fromkeys(str(p.device) for p in model.parameters()))
+            self.facts["dtype"] = str(parameter.dtype).removeprefix("torch.")
         texts = self.facts.setdefault("texts", {})
         for name, (text, ids) in windows.items():
             texts[name] = {

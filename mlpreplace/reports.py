@@ -78,6 +78,7 @@ class FitReport:
 
 def sample_errors(module: nn.Module, sample: Sample) -> Errors:
     """Errors of a replacement on the real tokens of a sample."""
+    sample = sample.to(next((p.device for p in module.parameters()), sample.x.device))
     with torch.inference_mode():
         g, y = module(sample.x)[sample.mask].float(), sample.y[sample.mask].float()  # [tokens, hidden]
     error = (g - y).square().sum(-1)  # [tokens]

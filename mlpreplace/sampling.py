@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .cache import Entry, fingerprint
-from .models import check_windows, eval_mode
+from .models import check_windows, eval_mode, input_device
 
 
 def sample_windows(
@@ -84,7 +84,7 @@ def _write(
     top_p: float,
 ) -> Tensor:
     """One window for each random generator, [windows, seq_len]."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     starts = writable.nonzero().squeeze(1).numpy()
     uniform = torch.from_numpy(np.stack([random.random(seq_len) for random in randoms]))  # [windows, seq_len]
     waiting = [[int(random.choice(starts))] for random in randoms]  # tokens of each window to write before the model goes on

@@ -25,7 +25,7 @@ from .cache import fingerprint, whole_folder
 from .card import model_card
 from .empty import empty_model, fill, temporary_buffers, tensors_of
 from .layers import layer_blocks
-from .models import Source, load_model, no_progress_bars, resolve_device, weight_hashes
+from .models import SPREAD, Source, load_model, no_progress_bars, resolve_device, weight_hashes
 from .quantize import Int8Linear
 from .replacements import Family, FitReport, Replacement
 from .splice import replacements_of, sparsity, splice
@@ -85,11 +85,12 @@ def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = N
         base: the dense model of a folder that holds replacements alone, where :func:`~mlpreplace.models.load_model` cannot load
             it: it loads causal language models. Weights and precision must be those it had when it was compressed. ``device``
             is then the one it is on.
+        device: as for :func:`~mlpreplace.models.load_model`; a whole model goes onto one.
 
     Raises:
         FileNotFoundError: no replacements.json in ``folder``.
         ValueError: the base model is not the one that was compressed, by the hash of its weights or its configuration; one was
-            given and none is needed; the weights are not whole.
+            given and none is needed; the weights are not whole; a whole model and a way to spread it.
     """
     folder = Path(folder)
     if not (folder / RECORD).exists():
@@ -102,6 +103,10 @@ def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = N
         return _load_delta(folder, record, device, base)
     if base is not None:
         raise ValueError(f"{folder} holds a whole model: load it without base=.")
+    if device in SPREAD:
+        raise ValueError(
+            f"{folder} holds a whole model, which is loaded onto one device; accelerate.dispatch_model spreads it then."
+        )
     model = load_plain(folder, record) if record["form"] == PLAIN else _load_standalone(folder, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -43,15 +43,16 @@ class Units:
         return self.inputs[block]
 
     def input_covariance(self, a: Block, b: Block) -> Tensor:
-        """Cov(x_a, x_b), [hidden, hidden] in float64; raises ValueError for blocks of different stacks."""
+        """Cov(x_a, x_b), [hidden, hidden] in float64, where ``a`` is; raises ValueError for blocks of different stacks."""
         if a.stack != b.stack:
             raise ValueError(f"{a.name} and {b.name} are of different stacks: they do not see the same tokens.")
-        return self.of(a).double().T @ self.of(b).double() / self.tokens(a)
+        x = self.of(a)
+        return x.double().T @ self.of(b).to(x.device, torch.float64) / self.tokens(a)
 
     def covariances(self, a: Block, b: Block) -> Tensor:
         """Cov(u_a, u_b) of the units of each projection, [projections, units, units] in float64."""
         between = self.input_covariance(a, b)
-        return torch.stack([v @ between @ w.T for v, w in zip(projections(a), projections(b), strict=True)])
+        return torch.stack([v @ between @ w.to(between).T for v, w in zip(projections(a), projections(b), strict=True)])
 
     def correlations(self, a: Block, b: Block) -> Tensor:
         """Pearson correlation of units of ``a`` with units of ``b``, [projections, units of a, units of b] in float64.
@@ -59,7 +60,7 @@ class Units:
         Of a gated block the gate comes first, then up. A constant unit correlates with none.
         """
         inverse_a, inverse_b = self._inverse_deviations(a), self._inverse_deviations(b)
-        return inverse_a[:, :, None] * self.covariances(a, b) * inverse_b[:, None, :]
+        return inverse_a[:, :, None] * self.covariances(a, b) * inverse_b.to(inverse_a)[:, None, :]
 
     def _inverse_deviations(self, block: Block) -> Tensor:
         """[projections, units], 0 for constant ones."""
@@ -109,7 +110,7 @@ def capture_units(
         cached: keep the result on disk, as large as in memory, and take it from there.
 
     Returns:
-        Units, on the device of the model. Memory: 4 · tokens · hidden bytes a block.
+        Units, each block's on its device. Memory: 4 · tokens · hidden bytes a block.
 
     Raises:
         ValueError: a block without neurons, no batch, a mask of another shape than the tokens, fewer than two real tokens,
@@ -147,7 +148,7 @@ def _rows(model: nn.Module, block: Block, batch: Batch, seen: dict[Block, Tensor
         raise ValueError(
             f"{block.name} is given {len(x)} tokens, the mask of its side is {tuple(real.shape)}: expected [batch, seq_len]."
         )
-    x = x if real is None else x[real.flatten().bool()]
+    x = x if real is None else x[real.flatten().bool().to(x.device)]
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -213,7 +214,7 @@ def cka_map(units: Units, blocks: Sequence[Block], *, cached: bool = False, prog
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i + 1)]
     for i, j in tqdm(pairs, desc="cka", unit="pair", disable=not progress, leave=False):
         between = units.input_covariance(blocks[i], blocks[j])
-        energy[i, j] = energy[j, i] = ((grams[i] @ between) * (between @ grams[j])).sum().item()
+        energy[i, j] = energy[j, i] = ((grams[i] @ between) * (between @ grams[j].to(between))).sum().item()
     own = energy.diagonal()
     if constant := [block.name for block, e in zip(blocks, own.tolist(), strict=True) if not e > 0]:
         raise ValueError(f"All units of {constant[0]} are constant: there is nothing to compare.")

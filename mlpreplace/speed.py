@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .blocks import KINDS, find_blocks
 from .evaluate import RESAMPLES
 from .hybrids import CausalAttention
-from .models import check_windows, eval_mode
+from .models import check_windows, eval_mode, input_device
 from .splice import bodies, replacements_of
 
 ROUNDS = 5
@@ -147,7 +147,7 @@ class _Session:
     """A model, what it reads, and the cache that goes on from there."""
 
     def __init__(self, model: nn.Module, ids: Tensor):
-        self.model, self.ids = model, ids.to(next(model.parameters()).device)
+        self.model, self.ids = model, ids.to(input_device(model))
         self.options = {"use_cache": True, **({"logits_to_keep": 1} if _keeps_logits(model) else {})}
 
     def prefill(self) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -65,17 +66,32 @@ def _check_attention(model: nn.Module, block: Block) -> None:
 def _put(model: nn.Module, block: Block, replacement: Replacement) -> list[RemovableHandle]:
     """The first module of the block becomes the replacement; what followed inside the block has no work left.
 
-    Returns the hooks by which a replacement that looks back learns what came before.
+    Returns its hooks: those by which a replacement that looks back learns what came before, those that move activations.
     """
     attention = block.kind == "attention"
+    device = next((p.device for p in model.get_submodule(block.paths[0]).parameters() if p.device.type != "meta"), None)
     model.set_submodule(block.paths[0], AttentionStandIn(replacement, block.layer) if attention else replacement)
     for path in block.paths[1:]:
         model.set_submodule(path, nn.Identity())
+    hooks = _aligned(replacement, device) if device else []
     if not replacement.family.looks_back:
-        return []
+        return hooks
     host = f"{block.stack}.{block.layer}"
     within = block.paths[0].removeprefix(f"{host}.")
-    return watch(model.get_submodule(host), within, block.layer, len(model.get_submodule(block.stack)))
+    return hooks + watch(model.get_submodule(host), within, block.layer, len(model.get_submodule(block.stack)))
+
+
+def _aligned(replacement: Replacement, device: torch.device) -> list[RemovableHandle]:
+    """Hooks that take activations from ``device`` to where the replacement's weights are, and back: where layers on several
+    devices share one body.
+    """
+    own = next((p.device for p in replacement.parameters()), device)
+    if own == device:
+        return []
+    return [
+        replacement.register_forward_pre_hook(lambda module, args: (args[0].to(own), *args[1:])),
+        replacement.register_forward_hook(lambda module, args, output: output.to(device)),
+    ]
 
 
 @contextmanager
@@ -103,6 +119,8 @@ def splice(model: nn.Module, plan: Plan) -> nn.Module:
     with spliced(model, plan):
         shared = {id(t): t for tensors in (model.parameters(), model.buffers()) for t in tensors}
         compressed = copy.deepcopy(model, shared)
+    for moving in ("to", "cuda"):  # accelerate sets these on a model that it spreads; copied, they would move ``model``
+        vars(compressed).pop(moving, None)
     compressed.source = getattr(model, "source", None)
     return compressed
 

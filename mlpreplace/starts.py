@@ -110,7 +110,7 @@ def _(family: MixtureOfExperts, block: Block, s: BlockStatistics, how: ClosedFor
 def _cluster(block: Block, s: BlockStatistics, own: Tensor) -> BlockStatistics:
     """Statistics of the sampled tokens that ``own`` marks, and of all with the weight of ``hidden_size`` tokens."""
     x, y = s.train.x[s.train.mask], s.train.y[s.train.mask]  # [tokens, hidden]
-    x, y = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
+    x, y = (t.to(own.device, torch.promote_types(t.dtype, torch.float32)) for t in (x, y))
     few = torch.linspace(0, len(x) - 1, block.hidden_size, device=x.device).long()
     both = torch.cat([own.nonzero().squeeze(1), few])
     ones = torch.ones(1, len(both), device=x.device)

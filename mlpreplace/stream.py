@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .blocks import Block, find_blocks
 from .cache import Entry
 from .capture import BlockStatistics, _add, _backbone, _finish, _flatten, _tensor, _unflatten
-from .models import check_windows, eval_mode
+from .models import check_windows, eval_mode, input_device
 from .splice import _check_attention
 from .structure import layer_lists
 
@@ -78,14 +78,18 @@ class _Recorder:
         for block in find_blocks(model, "attention"):
             _check_attention(model, block)  # what cannot be removed need not be measured
         self.layers, self.depths, self.blocks = layer_lists(model)[0][2], set(depths), list(blocks)
+        self.device = input_device(model)
         self.streams: dict[int, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}  # of blocks
         self.added: dict[str, Tensor] = {}  # of blocks: the output, or what a norm between it and the stream makes of it
         self.shape: torch.Size | None = None  # [batch, seq_len]
 
     def _keep(self, store: dict, key):
-        # copied: a layer is free to write into what it was given
-        return lambda value: store.__setitem__(key, value.detach().reshape(*self.shape, value.shape[-1]).clone())
+        def keep(value: Tensor) -> None:
+            # copied: a layer is free to write into what it was given; to one device, as streams meet those of other layers
+            store[key] = value.detach().reshape(*self.shape, value.shape[-1]).to(self.device, copy=True)
+
+        return keep
 
     def _stream(self, depth: int):
         keep = self._keep(self.streams, depth)
@@ -122,8 +126,8 @@ class _Recorder:
 
     def run(self, model: nn.Module, windows: Tensor, mask: Tensor | None, start: int, end: int) -> Tensor | None:
         """One batch, from window ``start`` to before ``end``; returns which of its tokens are real."""
-        device = next(model.parameters()).device
-        ids, keep = windows[start:end].to(device), None if mask is None else mask[start:end].to(device).bool()
+        ids = windows[start:end].to(self.device)
+        keep = None if mask is None else mask[start:end].to(self.device).bool()
         self.shape = ids.shape
         _backbone(model)(ids, keep)
         return keep
@@ -244,16 +248,16 @@ def capture_spans(
     mlps = find_blocks(model)
     if beyond := [span for span in spans if span.stop > len(mlps)]:
         raise ValueError(f"{beyond[0]} goes beyond the {len(mlps)} layers of {type(model).__name__}.")
-    keys = {}  # of the two statistics of every span
+    keys, device = {}, input_device(model)  # of the two statistics of every span
     for span in spans:
         block = mlps[span.start - 1] if span.start else None
-        keys[span] = _Key(f"{span}", mlps[0].device), block and _Key(f"MLP before {span}", block.device, block.name)
+        keys[span] = _Key(f"{span}"), block and _Key(f"MLP before {span}", block.name)
     flat_keys = [key for pair in keys.values() for key in pair if key]
     if cached:
         options = validation_windows, sample_windows, batch_size
         entry = Entry("stream", "spans", model, spans, windows, mask, *options)
         if (stored := entry.load()) is not None:
-            found = _unflatten([key for key in flat_keys if f"{key.name}/tokens" in stored], stored)
+            found = _unflatten({key: device for key in flat_keys if f"{key.name}/tokens" in stored}, stored)
             return {span: SpanStatistics(found[stream], found.get(mlp)) for span, (stream, mlp) in keys.items()}
     statistics = {key: BlockStatistics() for key in flat_keys}
     before = {mlps[span.start - 1] for span in spans if span.start}
@@ -283,7 +287,6 @@ class _Key:
     """What the statistics of a span go by where a block's go by the block."""
 
     name: str
-    device: torch.device
     mlp: str | None = None  # the block whose outputs are the inputs
 
 
@@ -295,4 +298,4 @@ def _collect(s: BlockStatistics, part: str | None, x: Tensor, y: Tensor, leaving
         s.xx, s.xy = _add(s.xx, x_rows.T @ x_rows), _add(s.xy, x_rows.T @ y_rows)
     if part:
         for name, value in (("x", x), ("y", y), ("r", leaving.float().square().sum(-1))):
-            s._parts.setdefault(f"{part}.{name}", []).append(value)
+            s._parts.setdefault(f"{part}.{name}", []).append(value.cpu())

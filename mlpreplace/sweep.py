@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .models import eval_mode
+from .memory import halving
+from .models import eval_mode, input_device
 from .parallel import elsewhere, spread
 from .splice import Plan, spliced
 from .structure import layer_lists
@@ -87,12 +88,30 @@ def sweep(
     total, apart = sum(len(steps) for _, _, steps in runs), elsewhere()
     with tqdm(total=total, desc="evaluate", unit="batch", disable=not progress, leave=False) as bar:
         if not apart:  # one at a time: what stands in the model is for all threads the same
-            yield from (_run(model, *run, kl, bar.update) for run in runs)
+            yield from (_run_in_parts(model, *run, kl, bar.update) for run in runs)
             return
-        results = spread(_run, [(model, *run, kl) for run in runs], threads=torch.get_num_threads())
+        results = spread(_run_in_parts, [(model, *run, kl) for run in runs], threads=torch.get_num_threads())
         for (_, _, steps), measured in zip(runs, results, strict=True):
             bar.update(len(steps))
             yield measured
+
+
+def _run_in_parts(
+    model: nn.Module,
+    ids: Tensor,
+    plans: Sequence[Plan],
+    steps: Sequence[Step],
+    kl: bool,
+    ran: Callable[[], object] = lambda: None,
+) -> list[np.ndarray]:
+    """One batch of :func:`sweep`, in parts of fewer windows where the device has no room for all; ``ran`` after each step."""
+
+    def run(windows: int) -> list[np.ndarray]:
+        parts = ids.split(windows)
+        measured = [_run(model, part, plans, steps, kl, ran if part is parts[-1] else lambda: None) for part in parts]
+        return [np.concatenate(of_plan, axis=1) for of_plan in zip(*measured, strict=True)]
+
+    return halving(run, len(ids))
 
 
 def _run(
@@ -101,12 +120,12 @@ def _run(
     plans: Sequence[Plan],
     steps: Sequence[Step],
     kl: bool,
-    ran: Callable[[], object] = lambda: None,
+    ran: Callable[[], object],
 ) -> list[np.ndarray]:
-    """One batch of :func:`sweep`; calls ``ran`` after each step."""
+    """Some windows of a batch; calls ``ran`` after each step."""
     stacks = layer_lists(model)
     layers = stacks[0][2] if len(stacks) == 1 else None
-    ids = ids.to(next(model.parameters()).device)
+    ids = ids.to(input_device(model))
     states: States = {}
     dense, rows = None, {}
     with eval_mode(model), torch.inference_mode():

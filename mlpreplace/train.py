@@ -51,23 +51,29 @@ class Training:
 
 
 class _Pairs:
-    """Inputs and outputs to draw minibatches from: single real tokens, or whole windows where a family looks back."""
+    """Inputs and outputs to draw minibatches from: single real tokens, or whole windows where a family looks back.
 
-    def __init__(self, sample: Sample, whole_windows: bool, dtype: torch.dtype):
-        x, y = sample.x.to(dtype), sample.y.to(dtype)  # [windows, seq_len, hidden]
+    They stay where the sample is; a minibatch goes to the device and precision of the ``learner``'s weights.
+    """
+
+    def __init__(self, sample: Sample, whole_windows: bool, learner: Tensor):
+        x, y = sample.x, sample.y  # [windows, seq_len, hidden]
+        self.learner = learner
         self.mask = sample.mask if whole_windows else None
         self.x, self.y = (x, y) if whole_windows else (x[sample.mask], y[sample.mask])  # [items, (seq_len,) hidden]
         self.tokens_per_item = x.shape[1] if whole_windows else 1
-        self.energy = y[sample.mask].square().sum(-1).mean()  # of a token's output
+        energy = y[sample.mask].to(learner.dtype).square().sum(-1).mean()  # of a token's output
+        self.energy = energy.to(learner.device)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def errors(self, body: nn.Module, items: Tensor | slice, loss: str, energy: Tensor) -> Tensor:
         """The objective of each real token of ``items``, [tokens]; ``energy`` makes the squared error relative."""
-        g, y = body(self.x[items]), self.y[items]
+        g, y = body(self.x[items].to(self.learner)), self.y[items].to(self.learner)
         if self.mask is not None:
-            g, y = g[self.mask[items]], y[self.mask[items]]
+            keep = self.mask[items].to(g.device)
+            g, y = g[keep], y[keep]
         mse = (g - y).square().sum(-1) / energy if loss != "cosine" else 0
         cosine = 1 - torch.cosine_similarity(g, y, dim=-1) if loss != "mse" else 0
         return mse + cosine
@@ -177,7 +183,7 @@ def train(
     Raises:
         ValueError: no pairs, or a start whose loss is not finite.
     """
-    pairs, unseen = (_Pairs(s, whole_windows, next(body.parameters()).dtype) for s in (fitting, validation))
+    pairs, unseen = (_Pairs(s, whole_windows, next(body.parameters()).detach()) for s in (fitting, validation))
     if not len(pairs) or not len(unseen):
         raise ValueError("Training needs real tokens in the training and in the validation sample.")
     per_batch = min(len(pairs), max(1, how.batch_tokens // pairs.tokens_per_item))

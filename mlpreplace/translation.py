@@ -21,7 +21,7 @@ from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
 from .batches import IGNORED
 from .evaluate import RESAMPLES, Estimate
-from .models import Source, eval_mode
+from .models import Source, eval_mode, input_device
 from .splice import Plan, spliced
 
 Pair = tuple[str, str]  # source and target
@@ -146,7 +146,7 @@ def translate(model: nn.Module, tokenizer, sentences: Sequence[str], *, batch_si
     found = []
     for i in range(0, len(sentences), batch_size):
         read = tokenizer(sentences[i : i + batch_size], padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
-        asked = {name: read[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        asked = {name: read[name].to(input_device(model)) for name in ("input_ids", "attention_mask")}
         longest = 2 * asked["input_ids"].shape[1] + 8
         ids = model.generate(**asked, num_beams=1, do_sample=False, max_new_tokens=longest)
         found += tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .blocks import Block
 from .capture import _backbone, _tensor
+from .models import input_device
 from .structure import layer_lists
 
 State = Tensor | tuple  # what a layer hands on: hidden states, or a tuple that starts with them (Falcon)
@@ -54,7 +55,7 @@ class Walk:
         if len(stacks) > 1:
             raise ValueError(f"{type(model).__name__} has {len(stacks)} stacks of layers: expected a model with a single one.")
         self.model, self.layers, self.batches = model, stacks[0][2], batches
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.states: list[State | None] = [None] * len(batches)  # before layer 0: the model's own embeddings
 
     def step(self, layer: int, batch: int, block: Block | None = None) -> Pass:

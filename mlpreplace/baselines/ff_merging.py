@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
+import torch
 from torch import Tensor, nn
 
 from ..allocate import allocate
@@ -96,7 +97,9 @@ def _average(weights: Sequence[MLPWeights]) -> dict[str, Tensor]:
     names = {"gate": "gate.weight", "up": "up.weight", "down": "down.weight"}
     names |= {"gate_bias": "gate.bias", "up_bias": "up.bias", "down_bias": "down.bias"}
     columns = {name: [getattr(w, field) for w in weights] for field, name in names.items()}
-    return {name: sum(t.double() for t in ts) / len(ts) for name, ts in columns.items() if ts[0] is not None}
+    return {
+        name: sum(t.to(ts[0].device, torch.float64) for t in ts) / len(ts) for name, ts in columns.items() if ts[0] is not None
+    }
 
 
 def _mergeable(blocks: Sequence[Block]) -> list[Block]:

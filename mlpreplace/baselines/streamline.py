@@ -17,7 +17,7 @@ from ..blocks import Block
 from ..capture import BlockStatistics, _backbone, _tensor
 from ..fit import fit
 from ..layers import Tuned, find_layers, find_parts, layer_parameters, without_layers
-from ..models import eval_mode
+from ..models import eval_mode, input_device
 from ..replacements import Family, Replacement, TwoLayerMLP
 from ..reports import FitReport
 from ..stream import Span, StreamStatistics
@@ -88,7 +88,7 @@ def _called_with(model: nn.Module, block: Block, seq_len: int) -> tuple[tuple, d
     handle = block.host.register_forward_pre_hook(enter, with_kwargs=True)
     try:
         with eval_mode(model):
-            _backbone(model)(torch.zeros(1, seq_len, dtype=torch.long, device=block.device), None)
+            _backbone(model)(torch.zeros(1, seq_len, dtype=torch.long, device=input_device(model)), None)
     finally:
         handle.remove()
     return seen[0]
