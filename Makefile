@@ -16,7 +16,7 @@ RUN     = $(PY) notebooks/run.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY
           $(if $(MODEL),-p MODEL $(MODEL)) $(if $(DEVICE),-p DEVICE $(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures studies smoke notebooks paper test lint lab bench clean distclean FORCE
+.PHONY: help setup figures studies smoke notebooks paper test lint lab bench clean distclean
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
@@ -30,6 +30,7 @@ setup: $(READY) $(ASSETS)  ## virtual environment, pinned packages, verified mod
 figures: setup  ## run every notebook (PROFILE) and draw figures/
 	$(RUN)
 
+FORCE:
 figures/%.png: FORCE setup  # one figure, by the notebook or study that draws it, with that notebook's others
 	$(RUN) --figure $*
 

@@ -138,7 +138,7 @@ def phrases() -> list[str]:
         f"{scored:,} tokens each in windows of {calibration['sequence_length']}",
         f"Fits see {calibration['tokens']:,} tokens",
         f"distilled for {healed['healing_steps']} steps ({healed['healing_tokens']:,} tokens)",
-        f"prefill reaches {percent(min(ideal))} to {percent(max(ideal))} of the speed-up",
+        f"prefill reaches {' to '.join(dict.fromkeys([percent(min(ideal)), percent(max(ideal))]))} of the speed-up",
         "keeps {}, {} and {} at these".format(*(percent(r["accuracy_retained"]) for r in kept)),
         f"each ± {100 * doubt[0]:.0f} to {percent(doubt[-1])}",
         f"(at {share(MIDDLE)} that is {share(achieved['replaceme'])}, with linear maps {share(achieved['shortgpt_linear'])})",
