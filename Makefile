@@ -16,7 +16,7 @@ RUN     = $(PY) notebooks/run.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY
           $(if $(MODEL),-p MODEL $(MODEL)) $(if $(DEVICE),-p DEVICE $(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures studies smoke notebooks paper test lint lab bench clean distclean
+.PHONY: help setup figures studies smoke notebooks paper site test lint lab bench clean distclean
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
@@ -48,6 +48,9 @@ notebooks: setup  ## run the cpu profile and put the executed notebooks in place
 paper: $(READY)  ## set paper/mlpreplace.pdf from figures/, offline
 	$(PY) paper/typeset.py
 
+site: $(READY)  ## set site/: notebooks, figures and an explorer of all plans as pages to read, offline
+	$(PY) docs/make_site.py
+
 test: setup lint  ## all tests, the notebooks in the smoke profile among them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
@@ -72,7 +75,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.12")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -c constraints.txt pip
-	$(PY) -m pip install -c constraints.txt -e '.[cluster,notebooks,paper,test]'
+	$(PY) -m pip install -c constraints.txt -e '.[cluster,notebooks,paper,site,test]'
 	@touch $@
 
 # pip shows progress, resumes, checks each hash, and replaces a file whose hash is wrong.

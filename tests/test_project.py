@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA_NAMES = {"pytorch": "torch", "python-xxhash": "xxhash", "typst-py": "typst"}
+CONDA_NAMES = {"pytorch": "torch", "python-xxhash": "xxhash", "typst-py": "typst", "playwright-python": "playwright"}
 
 
 def requirements() -> dict[str, str]:
