@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 
 import pytest
@@ -206,3 +207,18 @@ def bundled():
         if "make setup" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")  # no longer: its event loop runs as long as it does
+def chromium():
+    """A headless browser of this machine, driven by Playwright."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"no browser on the PATH ({', '.join(names)}): apt install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -1,7 +1,6 @@
 """make site: what is committed, as pages that need no server and no network; looked at by a browser where there is one."""
 
 import json
-import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -13,7 +12,6 @@ from explorer import explorer_data
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = sorted(path.stem for path in (ROOT / "figures").glob("*.json"))
 NOTEBOOKS = sorted(p.relative_to(ROOT / "notebooks").with_suffix("") for p in (ROOT / "notebooks").rglob("[0-9][0-9]_*.ipynb"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 POINTS = "#chart g.mark-symbol.role-mark path"
 
 
@@ -78,26 +76,13 @@ def test_the_explorer_has_the_rows_of_the_figures_and_no_others():
 # in a browser
 
 
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser on the PATH ({', '.join(BROWSERS)}): apt install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def visit(browser, site):
+def visit(chromium, site):
     """visit(page, width): a tab on that page; the test fails for an error on its console or a request that failed or left."""
     wrong, contexts = [], []
 
     def visit(name: str, width: int = 1280):
-        contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
+        contexts.append(chromium.new_context(viewport={"width": width, "height": 900}))
         tab = contexts[-1].new_page()
         tab.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
         tab.on("pageerror", lambda error: wrong.append(str(error)))
