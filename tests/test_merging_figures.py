@@ -49,7 +49,7 @@ def test_merging_has_a_column_a_task_and_a_row_before_and_after_tuning():
 def test_what_was_tuned_on_stands_above_the_panel():
     rows = pd.concat([scores("language", RATIO).assign(tuned_on=16_384), scores("vision", "accuracy")], ignore_index=True)
     titles = [axes.get_title(loc) for axes in merging(rows).axes for loc in ("left", "center")]
-    assert {"language, tuned on 16,384 tokens", "vision, tuned"} <= set(titles)
+    assert {"language\ntuned on 16,384 tokens", "vision\ntuned"} <= set(titles)
 
 
 def test_what_was_not_tuned_has_no_lower_panel():

@@ -45,7 +45,7 @@ def merging(rows: pd.DataFrame) -> Figure:
                 continue
             _scores(axes, part)
             axes.axhline(dense["score"], color="0.2", linewidth=1)
-            axes.set_title(f"{task}, {_tuning(part) if tuned else 'not tuned'}", fontsize=8)
+            axes.set_title(f"{task}\n{_tuning(part) if tuned else 'not tuned'}", fontsize=8)  # two lines: a panel is narrow
             axes.set_ylabel(dense["measure"])
             axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
             if dense["measure"] == RATIO:

@@ -84,13 +84,20 @@ def _parallelogram(axes: Axes, rows: pd.DataFrame, column: str, low: str, high: 
     for key, look in KINDS.items():
         row, (x, y) = corners[key], place[key]
         axes.errorbar(x, y, yerr=[[y - row[low]], [row[high] - y]], capsize=2.5, elinewidth=0.9, linestyle="none", **look)
-        _note(axes, row["method"], (x, y), (-8, -3) if key == (True, False) else (6, 5), look["color"])
+        _note(
+            axes,
+            row["method"].replace(", ", ",\n") if key == (True, True) else row["method"],
+            (x, y),
+            (-8, -3) if key == (True, False) else (6, 5),
+            look["color"],
+        )
     axes.set(xscale="log", yscale="log", xlabel="parameters (MB)")
-    axes.margins(0.3)
+    axes.margins(x=0.45, y=0.3)  # room for the labels
     plain_log_ticks(axes.xaxis, subs=(1, 1.5, 2, 3, 4, 6))
     plain_log_ticks(axes.yaxis, form, subs=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6))
 
 
 def _note(axes: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], color: str) -> None:
     side = "right" if offset[0] < 0 else "left"
-    axes.annotate(text, point, xytext=offset, textcoords="offset points", ha=side, fontsize=7.5, color=color)
+    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}  # lines and bars pass under it
+    axes.annotate(text, point, xytext=offset, textcoords="offset points", ha=side, fontsize=7.5, color=color, bbox=ground)

@@ -54,7 +54,7 @@ def save_figure(figure: Figure, name: str, *, claim: str, rows: pd.DataFrame, ru
         Path of the json.
     """
     folder = ROOT / folder
-    figure.supxlabel(textwrap.fill(_measured_on(run), int(17 * figure.get_figwidth())), fontsize=5.5, color="0.45")
+    figure.supxlabel(textwrap.fill(_measured_on(run), int(22 * figure.get_figwidth())), fontsize=5.5, color="0.45")
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     record = {"claim": claim, "rows": records, "provenance": run.record()}
     content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
