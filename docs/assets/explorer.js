@@ -1,0 +1,143 @@
+// The form says which rows are drawn, Vega-Lite draws them; every number is one of the rows in #data.
+(() => {
+  const { rows, plans, metrics, methods } = JSON.parse(document.getElementById("data").textContent);
+  const element = (id) => document.getElementById(id);
+  const EMBED = { renderer: "svg", actions: false, tooltip: { theme: "custom" } };
+  const CONFIG = { background: null, view: { stroke: null }, font: "inherit", axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" } };
+  const SHAPES = Object.fromEntries(Object.keys(methods).map((group, i) => [group, ["circle", "square", "triangle-up"][i]]));
+  const KINDS = { mlp: "#0072B2", attention: "#E69F00" };
+  const HIDDEN = new Set(["group", "on", "method", "label", "domain", "task", "score", "measure", "tuned", "note"]);
+
+  const finite = (value) => typeof value === "number" && Number.isFinite(value);
+  const drawable = (row, metric) => finite(row[metric]) && (metrics[metric].scale !== "log" || row[metric] > 0);
+  const short = (value) => (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3));
+  const percent = (share) => `${+(100 * share).toFixed(1)} %`;
+  const make = (tag, text, attributes = {}) => Object.assign(document.createElement(tag), { textContent: text }, attributes);
+
+  function options(select, names, titles) {
+    const before = select.value;
+    select.replaceChildren(...names.map((name) => make("option", titles(name), { value: name })));
+    if (names.includes(before)) select.value = before;
+  }
+
+  function metricsOfText() {
+    const here = rows.filter((row) => row.on === element("on").value && row.method !== "dense");
+    options(element("metric"), Object.keys(metrics).filter((m) => here.some((row) => drawable(row, m))), (m) => metrics[m].title);
+  }
+
+  const boxes = [];
+  function methodBoxes() {
+    Object.entries(methods).forEach(([group, colours], i) => {
+      const set = make("fieldset", "");
+      const mine = Object.entries(colours).map(([method, colour]) => {
+        const box = make("input", "", { type: "checkbox", checked: i === 0 });
+        Object.assign(box.dataset, { group, method });
+        const label = make("label", "");
+        const swatch = make("span", { circle: "●", square: "■", "triangle-up": "▲" }[SHAPES[group]], { className: "swatch" });
+        swatch.style.color = colour;
+        label.append(box, swatch, ` ${method}`);
+        set.append(label);
+        return box;
+      });
+      const every = make("button", "all", { type: "button", onclick: () => choose(true) });
+      const none = make("button", "none", { type: "button", onclick: () => choose(false) });
+      const choose = (on) => { mine.forEach((box) => { box.checked = on; }); draw(); };
+      const legend = make("legend", `${group} `);
+      legend.append(every, none);
+      set.prepend(legend);
+      boxes.push(...mine);
+      element("methods").append(set);
+    });
+  }
+
+  function chosenRows() {
+    const on = element("on").value, metric = element("metric").value;
+    const { interval, error } = metrics[metric];
+    const here = rows.filter((row) => row.on === on && drawable(row, metric));
+    boxes.forEach((box) => {
+      box.disabled = !here.some((row) => row.group === box.dataset.group && row.method === box.dataset.method);
+      box.parentElement.classList.toggle("absent", box.disabled);
+    });
+    const shown = new Set(boxes.filter((box) => box.checked).map((box) => `${box.dataset.group}|${box.dataset.method}`));
+    const points = here.filter((row) => shown.has(`${row.group}|${row.method}`)).map((row) => ({
+      row,
+      series: `${row.group}|${row.method}`,
+      group: row.group,
+      method: row.method,
+      colour: methods[row.group][row.method],
+      x: row.sparsity_achieved ?? row.sparsity,
+      y: row[metric],
+      low: interval ? row[interval[0]] : error ? row[metric] - row[error] : row[metric],
+      high: interval ? row[interval[1]] : error ? row[metric] + row[error] : row[metric],
+    }));
+    const dense = here.find((row) => row.method === "dense");
+    return { points, dense: dense ? [{ y: dense[metric] }] : [], metric };
+  }
+
+  function draw() {
+    const { points, dense, metric } = chosenRows();
+    const { title, scale } = metrics[metric];
+    const x = { field: "x", type: "quantitative", title: "share of attention and MLP parameters removed", axis: { format: "%", tickCount: 6, grid: false }, scale: { nice: false, padding: 12, zero: false } };
+    const y = { field: "y", type: "quantitative", title, scale: { type: scale, padding: 12, ...(scale === "log" ? {} : { zero: false }) }, axis: { tickCount: 6, gridOpacity: 0.6, format: "~g" } };
+    const colour = { field: "colour", type: "nominal", scale: null };
+    const form = Object.entries(SHAPES);
+    const tooltip = [{ field: "method", type: "nominal" }, { field: "x", type: "quantitative", title: "removed", format: ".1%" }, { field: "y", type: "quantitative", title, format: ".3~r" }];
+    const layer = [
+      ...dense.map((value) => ({ name: "dense", data: { values: [value] }, mark: { type: "rule", tooltip: "the dense model", strokeDash: [4, 3], color: "#888" }, encoding: { y } })),
+      { mark: { type: "rule", opacity: 0.6 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color: colour } },
+      { mark: { type: "line", strokeWidth: 1.8 }, encoding: { x, y, color: colour, detail: { field: "series" } } },
+      {
+        name: "points",
+        mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" },
+        encoding: { x, y, color: colour, tooltip, shape: { field: "group", type: "nominal", legend: null, scale: { domain: form.map((f) => f[0]), range: form.map((f) => f[1]) } } },
+      },
+    ];
+    const spec = { width: "container", height: Math.min(420, 260 + window.innerWidth / 10), autosize: { type: "fit", contains: "padding" }, data: { values: points }, layer, config: CONFIG };
+    return vegaEmbed("#chart", spec, EMBED).then(({ view }) => {
+      const show = (event, item) => item?.datum?.row && details(item.datum.row);
+      view.addEventListener("pointerover", show);
+      view.addEventListener("click", show);
+    });
+  }
+
+  function details(row) {
+    const facts = make("dl", "");
+    Object.entries(row).filter(([key, value]) => !HIDDEN.has(key) && value !== null && value !== "").forEach(([key, value]) => {
+      const share = /^(sparsity|params_removed|saved)/.test(key);
+      const pair = make("div", "");
+      pair.append(make("dt", key.replaceAll("_", " ")), make("dd", ""));
+      pair.lastChild.append(key === "figure" ? make("a", value, { href: `gallery.html#${value}` }) : share ? percent(value) : finite(value) ? short(value) : String(value));
+      facts.append(pair);
+    });
+    const removed = row.sparsity_achieved ?? row.sparsity;
+    element("point").replaceChildren(make("h2", `${row.method}, ${percent(removed)} removed, on ${row.on}`), facts);
+    const plan = plans.filter((p) => p.group === row.group && p.method === row.method && p.sparsity === row.sparsity);
+    element("plan").replaceChildren();
+    if (!plan.length) return;
+    element("point").append(make("h3", "Kept of each block"));
+    const kinds = Object.keys(KINDS).filter((kind) => plan.some((p) => p.kind === kind));
+    const spec = {
+      width: "container", height: 150, autosize: { type: "fit", contains: "padding" }, config: CONFIG,
+      data: { values: plan },
+      mark: { type: "bar" },
+      encoding: {
+        x: { field: "layer", type: "ordinal", axis: { labelAngle: 0, labelOverlap: true } },
+        xOffset: { field: "kind", type: "nominal", scale: { domain: kinds } },
+        y: { field: "kept", type: "quantitative", title: "kept", axis: { format: "%", tickCount: 3 }, scale: { domain: [0, 1] } },
+        color: { field: "kind", type: "nominal", title: null, scale: { domain: kinds, range: kinds.map((k) => KINDS[k]) }, legend: { orient: "top" } },
+        tooltip: ["layer", "kind", { field: "kept", format: ".1%" }, ...("family" in plan[0] ? ["family"] : [])].map((f) => ({ type: "nominal", ...(f.field ? f : { field: f }) })),
+      },
+    };
+    vegaEmbed("#plan", spec, EMBED);
+  }
+
+  options(element("on"), [...new Set(rows.map((row) => row.on))], (name) => name);
+  metricsOfText();
+  methodBoxes();
+  element("on").addEventListener("change", metricsOfText);
+  element("choice").addEventListener("change", draw);
+  draw().then(() => {
+    const first = plans.map((p) => rows.find((r) => r.group === p.group && r.method === p.method && r.sparsity === p.sparsity)).find(Boolean);
+    if (first) details(first);
+  });
+})();

@@ -1,0 +1,217 @@
+"""The notebooks and figures as they are committed, as a folder of web pages to read without running anything.
+
+    python docs/build.py                 site/, its front page is site/index.html
+    python docs/build.py --output PATH   somewhere else
+
+A page a notebook (nbconvert), the README in front, a gallery of every figure with its claim, and the explorer. The pages need no
+server and no network: styles and scripts are files beside them, and a link within the repository that leads nowhere is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import posixpath
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import vl_convert
+from bs4 import BeautifulSoup
+from explorer import explorer_data
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from nbconvert.filters import markdown2html
+from PIL import Image
+from pygments.formatters import HtmlFormatter
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+MARKER = ".mlpreplace-site"  # a folder with this file in it may be replaced
+
+
+class Refused(Exception):
+    """The site cannot be built; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """One executed notebook; ``name`` is its path below notebooks/ without the ending, as a figure's provenance has it."""
+
+    path: Path
+    name: str
+    title: str
+
+    @property
+    def page(self) -> str:
+        return f"notebooks/{self.name}.html"
+
+    @property
+    def label(self) -> str:
+        number = self.path.stem[:2]
+        return f"{number}, study" if "/" in self.name else number
+
+    @property
+    def command(self) -> str:
+        """What draws its figures again."""
+        if "/" in self.name:
+            return f"make studies ONLY={self.path.stem}"
+        return f"make figures ONLY={self.path.stem[:2]}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure with what its json says; ``size`` is (width, height) of the png in pixels."""
+
+    name: str
+    claim: str
+    notebook: Notebook
+    record: dict
+    size: tuple[int, int]
+
+
+def read_notebooks(root: Path) -> list[Notebook]:
+    """Notebooks, then studies, each titled by its first heading."""
+    folder = root / "notebooks"
+    found = []
+    for path in [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *sorted((folder / "studies").glob("[0-9][0-9]_*.ipynb"))]:
+        first = nbformat.read(path, as_version=4).cells[0].source
+        found.append(Notebook(path, str(path.relative_to(folder).with_suffix("")), first.partition("\n")[0].lstrip("# ")))
+    return found
+
+
+def read_figures(root: Path, notebooks: list[Notebook]) -> list[Figure]:
+    """Every figure of figures/, by name. Raises Refused where no notebook draws it, or its png or pdf is missing."""
+    by_name = {notebook.name: notebook for notebook in notebooks}
+    found = []
+    for path in sorted((root / "figures").glob("*.json")):
+        content = json.loads(path.read_text())
+        made_by = content["provenance"]["notebook"]
+        missing = [path.with_suffix(s).name for s in (".png", ".pdf") if not path.with_suffix(s).exists()]
+        if made_by not in by_name or missing:
+            what = f"{', '.join(missing)} missing beside it" if missing else f"drawn by {made_by!r}, which is no notebook"
+            raise Refused(f"figures/{path.name}: {what}; make notebooks draws it again.")
+        with Image.open(path.with_suffix(".png")) as png:
+            found.append(Figure(path.stem, content["claim"], by_name[made_by], content["provenance"], png.size))
+    return found
+
+
+def relink(html: str, source: str, page: str, pages: dict[str, str]) -> Markup:
+    """Links as they are written in the repository, made links of the site.
+
+    Args:
+        source: file that holds them, relative to the repository, as "notebooks/studies/06_language.ipynb".
+        page: file of the site that will hold them.
+        pages: {file of the repository: file of the site, with an anchor where it has one}.
+
+    Raises:
+        Refused: a link within the repository to something that the site does not have.
+    """
+    soup = BeautifulSoup(html, "html.parser")
+    for tag in soup.select("a[href], img[src]"):
+        key = "href" if tag.name == "a" else "src"
+        link = urlsplit(tag[key])
+        if link.scheme or not link.path:  # elsewhere, an embedded image, or an anchor of the same page
+            continue
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), unquote(link.path)))
+        if tag.name == "img" and target.startswith("figures/"):
+            to = target
+            tag.wrap(soup.new_tag("a", href=posixpath.relpath(pages.get(target, target), posixpath.dirname(page) or ".")))
+        elif target in pages:
+            to = pages[target]
+        else:
+            raise Refused(f"{source} links to {tag[key]!r}, which is no page of the site; it has {sorted(pages)}.")
+        tag[key] = posixpath.relpath(to, posixpath.dirname(page) or ".") + (f"#{link.fragment}" if link.fragment else "")
+    for table in soup.select("table"):  # wider than a phone: it scrolls in a box of its own
+        table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
+    for image in soup.select("img:not([alt])"):
+        raise Refused(f"{source}: an image without a description, {image['src'][:60]!r}.")
+    return Markup(str(soup))
+
+
+def notebook_body(notebook: Notebook, claims: dict[str, str]) -> str:
+    """Cells and outputs as HTML; an image is described by the claim of the figure that its cell saves."""
+    content = nbformat.read(notebook.path, as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            saved = re.search(r'save_figure\(\s*\w+,\s*"(\w+)"', cell.source)
+            cell.metadata["alt"] = claims.get(saved.group(1), "") if saved else "Output of the cell above."
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    return exporter.from_notebook_node(content)[0]
+
+
+def code_colours() -> str:
+    """Pygments' classes, for light and for dark screens."""
+    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("tango", "github-dark"))
+    return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
+
+
+def build(output: Path, root: Path = ROOT) -> list[str]:
+    """Write the site to ``output`` and return its pages. ``output`` is replaced as a whole, once everything is written.
+
+    Raises:
+        Refused: a figure or link that leads nowhere, or an ``output`` that something else made.
+    """
+    if output.exists() and not (output / MARKER).exists():
+        raise Refused(f"{output} is there and was not made by this script; remove it, or give --output another folder.")
+    notebooks = read_notebooks(root)
+    figures = read_figures(root, notebooks)
+    pages = {"README.md": "index.html"} | {f"notebooks/{n.name}.ipynb": n.page for n in notebooks}
+    pages |= {f"figures/{figure.name}.png": f"gallery.html#{figure.name}" for figure in figures}
+    environment = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # methods stand in the order of their figure
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        site = Path(scratch) / "site"
+        (site / "figures").mkdir(parents=True)
+        written = []
+
+        def write(page: str, template: str, **values) -> None:
+            up = posixpath.relpath(".", posixpath.dirname(page) or ".")
+            html = environment.get_template(template).render(up=up, page=page, notebooks=notebooks, **values)
+            (site / page).parent.mkdir(parents=True, exist_ok=True)
+            (site / page).write_text(html)
+            written.append(page)
+
+        readme = relink(markdown2html((root / "README.md").read_text()), "README.md", "index.html", pages)
+        write("index.html", "text.html.j2", title="mlpreplace", body=readme, before=None, after=None)
+        claims = {figure.name: figure.claim for figure in figures}
+        for before, notebook, after in zip([None, *notebooks], notebooks, [*notebooks[1:], None], strict=False):
+            source = f"notebooks/{notebook.name}.ipynb"
+            body = relink(notebook_body(notebook, claims), source, notebook.page, pages)
+            write(notebook.page, "text.html.j2", title=notebook.title, body=body, before=before, after=after)
+        write("gallery.html", "gallery.html.j2", title="Figures", figures=figures)
+        write("explorer.html", "explorer.html.j2", title="Explorer", data=explorer_data(root / "figures"))
+        for figure in figures:
+            for suffix in ("png", "pdf", "json"):
+                shutil.copy(root / "figures" / f"{figure.name}.{suffix}", site / "figures")
+        shutil.copytree(HERE / "assets", site / "assets")
+        (site / "assets" / "code.css").write_text(code_colours())
+        (site / "assets" / "vega.js").write_text(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+        (site / MARKER).touch()
+        shutil.rmtree(output, ignore_errors=True)
+        site.rename(output)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "site", help="folder to write, replaced if it is there")
+    options = parser.parse_args(arguments)
+    try:
+        written = build(options.output.resolve())
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(written)} pages; open {options.output / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
