@@ -16,7 +16,7 @@ RUN     = $(PY) notebooks/run.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY
           $(if $(MODEL),-p MODEL $(MODEL)) $(if $(DEVICE),-p DEVICE $(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures studies smoke notebooks test lint lab bench clean distclean
+.PHONY: help setup figures studies smoke notebooks site test lint lab bench clean distclean
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
@@ -41,6 +41,9 @@ smoke: setup  ## run every notebook and study at its smallest size
 notebooks: setup  ## run the cpu profile and put the executed notebooks in place
 	$(PY) notebooks/run.py --publish $(if $(ONLY),--only $(ONLY))
 
+site: $(READY)  ## the committed notebooks and figures as pages to read: site/index.html
+	$(PY) docs/build.py
+
 test: setup lint  ## all tests, the notebooks in the smoke profile among them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
@@ -54,8 +57,8 @@ lab: setup  ## JupyterLab on the notebooks
 bench: setup  ## what capture and sweeps cost, and how much faster compressed models are
 	$(PY) -m mlpreplace.bench
 
-clean:  ## remove executed notebooks and cached results
-	rm -rf executed $(CACHE)/results .pytest_cache .ruff_cache
+clean:  ## remove executed notebooks, the site and cached results
+	rm -rf executed site $(CACHE)/results .pytest_cache .ruff_cache
 
 distclean: clean  ## remove the virtual environment, the assets and the converted model as well
 	rm -rf $(CACHE)/assets $(CACHE)/models
@@ -65,7 +68,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.12")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -c constraints.txt pip
-	$(PY) -m pip install -c constraints.txt -e '.[cluster,notebooks,test]'
+	$(PY) -m pip install -c constraints.txt -e '.[cluster,notebooks,site,test]'
 	@touch $@
 
 # pip shows progress, resumes, checks each hash, and replaces a file whose hash is wrong.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as t
+from playwright.sync_api import sync_playwright
 from tiny_models import VOCABULARY, build, random_windows
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -206,3 +209,16 @@ def bundled():
         if "make setup" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless chromium or chrome: the system's, or the one that `playwright install chromium` brings."""
+    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")))
+    with sync_playwright() as playwright:
+        path = next(found, playwright.chromium.executable_path)
+        if not Path(path).exists():
+            pytest.skip("no chromium or chrome on the PATH: install the system's, or python -m playwright install chromium")
+        browser = playwright.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA_NAMES = {"pytorch": "torch", "python-xxhash": "xxhash"}
+CONDA_NAMES = {"pytorch": "torch", "python-xxhash": "xxhash", "playwright-python": "playwright"}
 
 
 def requirements() -> dict[str, str]:
