@@ -142,7 +142,9 @@ def notebook_body(notebook: Notebook, claims: dict[str, str]) -> str:
         if cell.cell_type == "code":
             saved = re.search(r'save_figure\(\s*\w+,\s*"(\w+)"', cell.source)
             cell.metadata["alt"] = claims.get(saved.group(1), "") if saved else "Output of the cell above."
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(
+        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True
+    )
     return exporter.from_notebook_node(content)[0]
 
 

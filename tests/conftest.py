@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as t
-from playwright.sync_api import sync_playwright
 from tiny_models import VOCABULARY, build, random_windows
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -214,6 +213,8 @@ def bundled():
 @pytest.fixture(scope="module")
 def browser():
     """A headless chromium or chrome: the system's, or the one that `playwright install chromium` brings."""
+    from playwright.sync_api import sync_playwright  # which few tests need
+
     found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")))
     with sync_playwright() as playwright:
         path = next(found, playwright.chromium.executable_path)

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
+import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import Error, expect
@@ -148,12 +149,9 @@ def test_every_page_loads_with_its_figures(page, site, name):
     if name == "gallery.html":
         assert len(widths) == len(FIGURES)
     if name.startswith("notebooks/"):
-        drawn = [
-            f
-            for f in FIGURES
-            if f"{json.loads((ROOT / 'figures' / f'{f}.json').read_text())['provenance']['notebook']}.html" in name
-        ]
-        assert len(widths) >= len(drawn) > 0
+        cells = nbformat.read((ROOT / name).with_suffix(".ipynb"), as_version=4).cells
+        drawn = [o for cell in cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        assert len(widths) == len(drawn) > 0
     assert not sideways(page)
     page.set_viewport_size({"width": 400, "height": 800})
     assert not sideways(page), "a phone has to scroll sideways"

@@ -73,8 +73,15 @@
     return { points, dense: dense ? [{ y: dense[metric] }] : [], metric };
   }
 
-  function draw() {
+  let drawn = Promise.resolve();
+  const draw = () => { drawn = drawn.then(redraw); return drawn; }; // one after the other: the last choice is what stays
+
+  function redraw() {
     const { points, dense, metric } = chosenRows();
+    if (!points.length) {
+      element("chart").replaceChildren(make("p", "Nothing to draw: no method is chosen that was measured so."));
+      return undefined;
+    }
     const { title, scale } = metrics[metric];
     const x = { field: "x", type: "quantitative", title: "share of attention and MLP parameters removed", axis: { format: "%", tickCount: 6, grid: false }, scale: { nice: false, padding: 12, zero: false } };
     const y = { field: "y", type: "quantitative", title, scale: { type: scale, nice: false, padding: 12, ...(scale === "log" ? {} : { zero: false }) }, axis: { tickCount: 6, gridOpacity: 0.6, format: "~g" } };
