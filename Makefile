@@ -49,7 +49,7 @@ paper: $(READY)  ## set paper/mlpreplace.pdf from figures/, offline
 	$(PY) paper/typeset.py
 
 site: $(READY)  ## set site/: notebooks, figures and an explorer of all plans as pages to read, offline
-	$(PY) docs/make_site.py
+	$(PY) docs/build.py
 
 test: setup lint  ## all tests, the notebooks in the smoke profile among them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
@@ -64,8 +64,8 @@ lab: setup  ## JupyterLab on the notebooks
 bench: setup  ## what capture and sweeps cost, and how much faster compressed models are
 	$(PY) -m mlpreplace.bench
 
-clean:  ## remove executed notebooks and cached results
-	rm -rf executed $(CACHE)/results .pytest_cache .ruff_cache
+clean:  ## remove executed notebooks, the site and cached results
+	rm -rf executed site $(CACHE)/results .pytest_cache .ruff_cache
 
 distclean: clean  ## remove the virtual environment, the assets and the converted model as well
 	rm -rf $(CACHE)/assets $(CACHE)/models

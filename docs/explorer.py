@@ -26,8 +26,9 @@ METRICS = {  # column of the rows: axis title, columns of its interval, scale; d
 
 
 def colour(method: str) -> str:
-    """The one it has in the figures; healing does not change it."""
-    return LOOKS[method if method in LOOKS else method.removesuffix(" + healing")]["color"]
+    """The one it has in the figures; healing does not change it, and black is the ink of the page, which may be white."""
+    found = LOOKS[method if method in LOOKS else method.removesuffix(" + healing")]["color"]
+    return "currentColor" if found == "#000000" else found
 
 
 def plan_rows(folder: Path) -> list[dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,15 +211,15 @@ def bundled():
 
 
 @pytest.fixture(scope="module")  # no longer: its event loop runs as long as it does
-def chromium():
-    """A headless browser of this machine, driven by Playwright."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"no browser on the PATH ({', '.join(names)}): apt install chromium")
-    from playwright.sync_api import sync_playwright
+def browser():
+    """A headless chromium or chrome: the system's, or the one that `playwright install chromium` brings."""
+    from playwright.sync_api import sync_playwright  # which few tests need
 
+    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        path = next(found, playwright.chromium.executable_path)
+        if not Path(path).exists():
+            pytest.skip("no chromium or chrome on the PATH: install the system's, or python -m playwright install chromium")
+        browser = playwright.chromium.launch(executable_path=path)
         yield browser
         browser.close()

@@ -1,114 +1,167 @@
-"""The newcomer's path in a real browser: JupyterLab, notebook 02 from top to bottom, another model, run again."""
+"""make lab, as a newcomer meets it: a notebook is opened in a browser, run, changed in one cell, and run again."""
 
+from __future__ import annotations
+
+import importlib.util
 import json
-import shutil
+import os
+import re
+import secrets
+import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
-import yaml
 from conftest import BYTES, byte_tokenizer, save_locally
+from playwright.sync_api import expect
 from tiny_models import build
 
-from mlpreplace.assets import cache_dir
-
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK = "02_single_block"
-MINUTES = 10  # at most, for a notebook at its smallest size on a busy machine
+NOTEBOOK = ROOT / "notebooks" / "02_single_block.ipynb"
+MINUTES = 60_000  # of Playwright's milliseconds
+CONTEXT = dict(n_positions=256, n_inner=128)
+
+spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
+run = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(run)
 
 
 @pytest.fixture
-def models(tmp_path) -> list[str]:
-    """Folders of a tiny Llama and of a tiny GPT-2."""
-    if not (cache_dir() / "assets" / ".complete").exists():
-        pytest.skip("the bundled texts are not there: make setup")
-    llama = build("llama", vocab_size=BYTES, max_position_embeddings=256)
-    gpt2 = build("gpt2", vocab_size=BYTES, n_positions=256, n_layer=4, n_inner=128)
-    return [save_locally(m, tmp_path / name, byte_tokenizer()) for name, m in (("tiny-llama", llama), ("tiny-gpt2", gpt2))]
+def models(tmp_path):
+    """Two tiny models that differ in depth, which the figures show."""
+    tokenizer = byte_tokenizer()
+    sizes = {"shallow": 6, "deep": 8}
+    return {
+        name: save_locally(build("gpt2", vocab_size=BYTES, n_layer=n, **CONTEXT), tmp_path / name, tokenizer)
+        for name, n in sizes.items()
+    }
 
 
 @pytest.fixture
-def notebook(tmp_path) -> Path:
-    """A copy of the notebook as it is committed, in a folder of its own."""
-    (tmp_path / "notebooks").mkdir()
-    return Path(shutil.copy(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb", tmp_path / "notebooks"))
+def prepared(tmp_path, models) -> Path:
+    """A copy of the notebook below ``lab/notebooks``: smoke sizes, the first model, no outputs, figures in their own folder."""
+    overrides = {"MODEL": models["shallow"], "FIGURES": str(tmp_path / "figures")}
+    parameters = run.parameters_for(NOTEBOOK, "smoke", run.read_profile("smoke"), overrides)
+    path = tmp_path / "lab" / "notebooks" / NOTEBOOK.name
+    path.parent.mkdir(parents=True)
+    content = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(content, path)
+    papermill.execute_notebook(str(path), str(path), parameters=parameters, prepare_only=True, progress_bar=False)
+    return path
 
 
 @pytest.fixture
-def lab(notebook):
-    """The address of a JupyterLab on the notebook's folder, started as make lab starts it."""
+def lab(tmp_path, prepared):
+    """Address of a JupyterLab, started as make lab does but without a browser; every setting is its own, none the user's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).parent / "jupyter", "lab", f"--notebook-dir={notebook.parent}", "--no-browser"]
-    command += [f"--port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=for-this-test", "--allow-root"]
-    with (notebook.parent.parent / "lab.log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token=for-this-test"
-        finally:
-            server.terminate()
-            server.wait(timeout=60)
+    token = secrets.token_hex(16)
+    options = f"--no-browser --ip=127.0.0.1 --port={port} --ServerApp.port_retries=0 --IdentityProvider.token={token}"
+    options += " --allow-root" if os.geteuid() == 0 else ""
+    made = ["make", "-n", "lab", f"VENV={sys.prefix}", f"LAB={options}"]
+    command = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    if not Path(shlex.split(command)[0]).exists():
+        pytest.skip(f"no {shlex.split(command)[0]}: make setup installs it")
+    settings = tmp_path / "settings" / "@jupyterlab"
+    for plugin, setting in {  # every cell is in the page, seen or not, and no question about news stands before it
+        "notebook-extension/tracker": {"windowingMode": "none"},
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }.items():
+        path = settings / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(setting))
+    own = {f"JUPYTER_{what}_DIR": str(tmp_path / what.lower()) for what in ("CONFIG", "RUNTIME", "DATA")}
+    own |= {f"JUPYTERLAB_{what}_DIR": str(tmp_path / what.lower()) for what in ("SETTINGS", "WORKSPACES")}
+    own |= {"IPYTHONDIR": str(tmp_path / "ipython")}
+    log = tmp_path / "lab.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            shlex.split(command),
+            cwd=prepared.parents[1],
+            env=os.environ | own,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token={token}").close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, log.read_text()
+                time.sleep(0.2)
+        else:
+            pytest.fail(log.read_text())
+        yield f"{address}/lab/tree/{prepared.name}?token={token}"
+    finally:
+        server.send_signal(signal.SIGTERM)  # which ends its kernels, too
+        server.wait(60)
 
 
-def parameters(**changed) -> str:
-    """A parameters cell at the smallest size, as one would type it."""
-    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "smoke.yaml").read_text())
-    (cell,) = (c for c in code_cells(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb") if "parameters" in c.metadata.get("tags", []))
-    values = profile["common"] | profile[NOTEBOOK] | changed
-    known = {line.partition(" = ")[0] for line in cell.source.splitlines()}
-    return cell.source + "".join(f"\n{name} = {value!r}" for name, value in values.items() if name in known)
+def run_all(page, cells: int, round: int) -> None:
+    """Run > Run All Cells, until every cell has been executed for the ``round``-th time without an error."""
+    page.locator("#jp-MainMenu").get_by_text("Run", exact=True).click()
+    page.locator(".lm-Menu-item[data-command='runmenu:run-all']").click()
+    numbers = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim())"
+    first, last = cells * (round - 1) + 1, cells * round
+    done = f"{numbers}.map(text => Number(text.slice(1, -2))).every((n, i) => n === {first} + i)"
+    failed = "document.querySelector('.jp-OutputArea-output[data-mime-type=\"application/vnd.jupyter.error\"]')"
+    page.wait_for_function(f"{failed} !== null || {done}", timeout=15 * MINUTES, polling=1000)
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts() == []
+    assert page.evaluate(numbers) == [f"[{n}]:" for n in range(first, last + 1)]
 
 
-def code_cells(path: Path) -> list:
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-
-
-def run_all(tab, notebook: Path, typed: str) -> list:
-    """Type a new parameters cell, restart, run everything; the executed code cells, once all have run and are saved."""
-    editor = tab.locator(".jp-CodeCell .cm-content").first
-    editor.click()
-    tab.keyboard.press("Control+A")
-    tab.keyboard.insert_text(typed)
-    tab.get_by_role("menuitem", name="Run", exact=True).click()
-    tab.get_by_text("Restart Kernel and Run All Cells").click()
-    tab.locator(".jp-Dialog button.jp-mod-warn, .jp-Dialog button.jp-mod-accept").last.click()
-    deadline = time.monotonic() + 60 * MINUTES
-    while time.monotonic() < deadline:
-        time.sleep(3)
-        tab.keyboard.press("Control+S")
-        cells = code_cells(notebook)
-        if errors := [o for c in cells for o in c.outputs if o.output_type == "error"]:
-            raise AssertionError("\n".join(errors[0].traceback))
-        if cells[0].source == typed and [c.execution_count for c in cells] == list(range(1, len(cells) + 1)):
-            return cells
-    raise AssertionError(f"not all cells ran within {MINUTES} minutes: {[c.execution_count for c in code_cells(notebook)]}")
+def images(page) -> list[str]:
+    """Sources of the figures on the page, each drawn."""
+    found = page.locator(".jp-NotebookPanel .jp-OutputArea-output img")
+    widths = found.evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert widths and all(width > 0 for width in widths)
+    return found.evaluate_all("images => images.map(image => image.src)")
 
 
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.bundled
-def test_a_newcomer_runs_a_notebook_and_runs_it_again_on_another_model(lab, notebook, models, chromium, tmp_path):
-    figures, shown, rows = tmp_path / "figures", [], []
-    tab = chromium.new_page(viewport={"width": 1400, "height": 1000})
-    for _ in range(60):  # until the server listens
-        try:
-            tab.goto(lab)
-            break
-        except Exception:
-            time.sleep(1)
-    tab.wait_for_selector(".jp-Notebook .jp-CodeCell .cm-content", timeout=120_000)
-    for model in models:
-        cells = run_all(tab, notebook, parameters(MODEL=model, FIGURES=str(figures)))
-        shown.append([o.data["image/png"] for c in cells for o in c.outputs if "image/png" in o.get("data", {})])
-        figure = json.loads((figures / "02_error_vs_parameters.json").read_text())
-        assert figure["provenance"]["model"]["id"] == model
-        rows.append(figure["rows"])
-    assert len(shown[0]) == len(shown[1]) >= 7 and not set(shown[0]) & set(shown[1]), "every figure is a new one"
-    assert rows[0] != rows[1]
-    tab.locator(".jp-OutputArea img").first.scroll_into_view_if_needed()
-    assert tab.evaluate("[...document.querySelectorAll('.jp-OutputArea img')].some(image => image.naturalWidth > 0)")
+def test_a_newcomer_runs_a_notebook_changes_the_model_and_sees_other_figures(browser, lab, prepared, models, tmp_path):
+    code = [c for c in nbformat.read(prepared, as_version=4).cells if c.cell_type == "code"]
+    injected = next(i for i, c in enumerate(code) if "injected-parameters" in c.metadata.get("tags", []))
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto(lab)
+    cells = page.locator(".jp-NotebookPanel .jp-CodeCell")
+    expect(cells).to_have_count(len(code), timeout=MINUTES)
+    expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=MINUTES)
+
+    run_all(page, len(code), 1)
+    first = images(page)
+    drawn = sorted((tmp_path / "figures").glob("*.json"))
+    assert len(first) >= len(drawn) > 0
+    said = {p: json.loads(p.read_text()) for p in drawn}
+    assert {figure["provenance"]["model"]["id"] for figure in said.values()} == {models["shallow"]}
+
+    changed = re.sub(r"(?m)^MODEL = .*$", f'MODEL = "{models["deep"]}"', code[injected].source)
+    assert changed != code[injected].source
+    editor = cells.nth(injected).locator(".cm-content")
+    editor.click()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.insert_text(changed)
+    run_all(page, len(code), 2)
+    assert len(images(page)) == len(first) and not set(images(page)) & set(first)
+    for path, before in said.items():
+        after = json.loads(path.read_text())
+        assert after["provenance"]["model"]["id"] == models["deep"]
+        assert after["rows"] != before["rows"]
+    page.context.close()

@@ -1,138 +1,231 @@
-"""make site: what is committed, as pages that need no server and no network; looked at by a browser where there is one."""
+"""make site: what a reader who runs nothing opens. Pages are whole, stay within their folder, and the explorer answers."""
 
+from __future__ import annotations
+
+import importlib.util
 import json
+import shutil
+import sys
+from functools import cache
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urldefrag, urlsplit
 
-import make_site
+import nbformat
 import pytest
 from bs4 import BeautifulSoup
-from explorer import explorer_data
+from playwright.sync_api import Error, expect
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = sorted(path.stem for path in (ROOT / "figures").glob("*.json"))
-NOTEBOOKS = sorted(p.relative_to(ROOT / "notebooks").with_suffix("") for p in (ROOT / "notebooks").rglob("[0-9][0-9]_*.ipynb"))
-POINTS = "#chart g.mark-symbol.role-mark path"
+DOCS = ROOT / "docs"
+NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "notebooks").rglob("[0-9][0-9]_*.ipynb"))
+PAGES = ["index.html", "gallery.html", "explorer.html", *(str(p.with_suffix(".html")) for p in NOTEBOOKS)]
+FIGURES = sorted(p.stem for p in (ROOT / "figures").glob("*.json"))
+
+sys.path.insert(0, str(DOCS))
+spec = importlib.util.spec_from_file_location("build_site", DOCS / "build.py")
+build_site = importlib.util.module_from_spec(spec)
+sys.modules["build_site"] = build_site  # dataclasses look their module up
+spec.loader.exec_module(build_site)
+sys.path.remove(str(DOCS))
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("site") / "site"
-    assert make_site.main(["--output", str(output)]) == 0
-    return output
+    folder = tmp_path_factory.mktemp("pages") / "site"
+    assert sorted(build_site.build(folder)) == sorted(PAGES)
+    return folder
 
 
-def pages(site: Path) -> list[Path]:
-    return sorted(site.rglob("*.html"))
+@cache
+def soup(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(), "html.parser")
 
 
-def test_there_is_a_page_for_every_notebook_and_a_place_for_every_figure(site):
-    found = {str(page.relative_to(site)) for page in pages(site)}
-    assert found == {"index.html", "gallery.html", "explorer.html", *(f"notebooks/{name}.html" for name in NOTEBOOKS)}
-    gallery = BeautifulSoup((site / "gallery.html").read_text(), "html.parser")
-    for name in FIGURES:
-        claim = json.loads((ROOT / "figures" / f"{name}.json").read_text())["claim"]
-        assert gallery.find(id=name).figcaption.text == claim
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(site, page):
+    """Files that are linked exist, so do the anchors, and what a page loads is a file beside it."""
+    document = soup(site / page)
+    for tag in document.select("[src], link[href]"):
+        address = tag.get("src") or tag["href"]
+        assert urlsplit(address).scheme in ("", "data"), f"{address} is not of this folder"
+    assert "url(" not in "".join(style.text for style in document.select("style"))
+    for tag in document.select("[href], [src]"):
+        address, anchor = urldefrag(tag.get("href") or tag["src"])
+        if urlsplit(address).scheme:
+            continue
+        target = (site / page).parent / unquote(address) if address else site / page
+        assert target.resolve().is_relative_to(site) and target.is_file(), address
+        assert not anchor or soup(target).find(id=unquote(anchor)), f"{address}#{anchor}"
 
 
-def test_every_link_leads_somewhere_and_nothing_is_fetched_from_elsewhere(site):
-    for page in pages(site):
-        soup = BeautifulSoup(page.read_text(), "html.parser")
-        for tag, key in [("a", "href"), ("img", "src"), ("script", "src"), ("link", "href")]:
-            for found in soup.find_all(tag, **{key: True}):
-                link = urlsplit(found[key])
-                if link.scheme:
-                    assert tag == "a" or link.scheme == "data", found
-                    continue
-                target = (page.parent / unquote(link.path)).resolve() if link.path else page
-                assert target.is_file() and target.is_relative_to(site), f"{page.name}: {found[key]}"
-                if link.fragment and target.suffix == ".html":
-                    there = BeautifulSoup(target.read_text(), "html.parser")
-                    assert there.find(id=link.fragment), f"{page.name}: {found[key]}"
+def test_styles_load_nothing(site):
+    for path in (site / "assets").glob("*.css"):
+        assert "url(" not in path.read_text() and "@import" not in path.read_text()
+
+
+def test_the_gallery_shows_every_figure_with_its_claim_and_its_notebook(site):
+    shown = {figure["id"]: figure for figure in soup(site / "gallery.html").select("figure")}
+    assert sorted(shown) == FIGURES
+    for name, figure in shown.items():
+        content = json.loads((ROOT / "figures" / f"{name}.json").read_text())
+        assert figure.figcaption.text == content["claim"]
+        links = {a["href"] for a in figure.select("a")}
+        assert links == {f"figures/{name}.{s}" for s in ("png", "json", "pdf")} | {
+            f"notebooks/{content['provenance']['notebook']}.html"
+        }
 
 
 def test_a_link_that_leads_nowhere_is_refused():
-    with pytest.raises(make_site.Refused, match="README.md links to 'notes.md'"):
-        make_site.relink('<a href="notes.md">notes</a>', "README.md", "index.html", {"README.md": "index.html"})
+    with pytest.raises(build_site.Refused, match="README.md links to 'paper/lost.pdf'"):
+        build_site.relink('<a href="paper/lost.pdf">it</a>', "README.md", "index.html", {"README.md": "index.html"})
 
 
-def test_what_something_else_made_is_not_replaced(tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years")
-    assert make_site.main(["--output", str(tmp_path / "mine")]) == 2
-    assert "remove it" in capsys.readouterr().err
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+def test_links_of_a_study_are_relative_to_its_own_page():
+    pages = {"notebooks/05_subfit.ipynb": "notebooks/05_subfit.html", "figures/a.png": "gallery.html#a"}
+    html = '<a href="../05_subfit.ipynb#x">05</a><a href="../../figures/a.png">a</a><a href="https://example.org/">out</a>'
+    linked = build_site.relink(html, "notebooks/studies/06.ipynb", "notebooks/studies/06.html", pages)
+    found = [a["href"] for a in BeautifulSoup(linked, "html.parser").select("a")]
+    assert found == ["../05_subfit.html#x", "../../gallery.html#a", "https://example.org/"]
 
 
-def test_the_explorer_has_the_rows_of_the_figures_and_no_others():
-    data = explorer_data(ROOT / "figures")
+def test_a_folder_that_something_else_made_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert build_site.main(["--output", str(tmp_path)]) == 2
+    assert "was not made by this script" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_figure_without_its_png_is_refused(tmp_path):
+    for folder in ("notebooks", "figures"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "figures" / f"{FIGURES[0]}.png").unlink()
+    with pytest.raises(build_site.Refused, match=f"{FIGURES[0]}.png missing"):
+        build_site.build(tmp_path / "site", tmp_path)
+    assert not (tmp_path / "site").exists()
+
+
+def test_the_explorer_holds_the_rows_as_the_figures_do(site):
+    data = json.loads(soup(site / "explorer.html").find(id="data").string)
     assert data["rows"] and data["plans"]
-    for row in data["rows"] + data["plans"]:
-        rows = json.loads((ROOT / "figures" / f"{row['figure']}.json").read_text())["rows"]
-        assert any(all(row[key] == value for key, value in r.items() if key != "method") for r in rows), row
-    assert {row["figure"] for row in data["rows"]} >= {"04_pareto", "05_perplexity_vs_sparsity", "06_language"}
-
-
-# in a browser
+    added = {"group", "figure", "on", "method"}
+    for row in data["rows"]:
+        figure = json.loads((ROOT / "figures" / f"{row['figure']}.json").read_text())
+        without = {k: v for k, v in row.items() if k not in added}
+        own = [r for r in figure["rows"] if {k: v for k, v in r.items() if k not in added} == without]
+        assert any(row["method"].startswith(r["method"]) for r in own)
 
 
 @pytest.fixture
-def visit(chromium, site):
-    """visit(page, width): a tab on that page; the test fails for an error on its console or a request that failed or left."""
-    wrong, contexts = [], []
+def page(browser, site):
+    """A page that may open files of the site and nothing else, and must not complain: no error, no failed request."""
+    context = browser.new_context(offline=True, viewport={"width": 1280, "height": 1000})
+    complaints = []
+    page = context.new_page()
+    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("requestfailed", lambda request: complaints.append(f"failed: {request.url[:200]}"))
 
-    def visit(name: str, width: int = 1280):
-        contexts.append(chromium.new_context(viewport={"width": width, "height": 900}))
-        tab = contexts[-1].new_page()
-        tab.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-        tab.on("pageerror", lambda error: wrong.append(str(error)))
-        tab.on("requestfailed", lambda r: wrong.append(f"failed: {r.url}"))
-        tab.on("request", lambda r: wrong.append(f"left: {r.url}") if urlsplit(r.url).scheme not in ("file", "data") else None)
-        tab.goto((site / name).as_uri())
-        tab.wait_for_load_state("load")
-        return tab
+    def is_of_the_site(request):
+        if not request.url.startswith((site.as_uri() + "/", "data:")):
+            complaints.append(f"left the site: {request.url[:200]}")
 
-    yield visit
-    for context in contexts:
-        context.close()
-    assert not wrong
+    page.on("request", is_of_the_site)
+    yield page
+    context.close()
+    assert not complaints
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 400])
-def test_every_page_loads_with_its_figures_at_any_width(visit, site, width):
-    for page in pages(site):
-        tab = visit(str(page.relative_to(site)), width)
-        images = tab.evaluate("Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth, () => 0)))")
-        assert all(images), f"{page.name}: {images.count(0)} images do not show"
-        assert images or page.name == "explorer.html"
-        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{page.name} is wider than {width}"
-        tab.close()
+def sideways(page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth > innerWidth")
 
 
 @pytest.mark.browser
-def test_the_explorer_draws_and_follows_the_choice(visit):
-    tab = visit("explorer.html")
-    tab.wait_for_selector(POINTS)
-    before = tab.locator(POINTS).count()
-    tab.locator("input[data-method=subfit]").uncheck()
-    tab.wait_for_function(f"document.querySelectorAll('{POINTS}').length < {before}")
-    fewer = tab.locator(POINTS).count()
-    tab.locator("#on").select_option("bundled/speeches")
-    tab.locator("#metric").select_option("kl")
-    tab.wait_for_function("document.querySelector('#chart').textContent.includes('KL to the dense model')")
-    assert 0 < tab.locator(POINTS).count() <= fewer
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_loads_with_its_figures(page, site, name):
+    page.goto((site / name).as_uri(), wait_until="load")
+    widths = page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert all(width > 0 for width in widths)
+    if name == "gallery.html":
+        assert len(widths) == len(FIGURES)
+    if name.startswith("notebooks/"):
+        cells = nbformat.read((ROOT / name).with_suffix(".ipynb"), as_version=4).cells
+        drawn = [o for cell in cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        assert len(widths) == len(drawn) > 0
+    assert not sideways(page)
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert not sideways(page), "a phone has to scroll sideways"
+    page.get_by_text("Notebooks", exact=True).click()
+    expect(page.locator("header li a")).to_have_count(len(NOTEBOOKS))
 
 
 @pytest.mark.browser
-def test_pointing_at_a_plan_tells_what_it_keeps(visit):
-    tab = visit("explorer.html")
-    tab.wait_for_selector(POINTS)
-    tab.locator("#methods button", has_text="none").first.click()
-    tab.locator("input[data-method=allocated]").check()
-    tab.wait_for_function(f"document.querySelectorAll('{POINTS}').length == 5")
-    tab.locator(POINTS).nth(2).hover()
-    tab.wait_for_function("document.querySelector('#point h2').textContent.startsWith('allocated, 25')")
-    tab.wait_for_selector("#plan g.mark-rect path")
-    rows = json.loads((ROOT / "figures" / "05_selection_map.json").read_text())["rows"]
-    assert tab.locator("#plan g.mark-rect.role-mark path").count() == sum(row["method"] == "allocated" for row in rows)
+def test_the_explorer_answers_to_every_choice(page, site):
+    data = json.loads(soup(site / "explorer.html").find(id="data").string)
+    page.goto((site / "explorer.html").as_uri())
+    points = page.locator("#chart .mark-symbol path")
+    boxes = page.locator("#methods details").first.locator("input")
+    group, methods = next(iter(data["methods"].items()))
+
+    def rows_of(on, metric, methods):
+        return [r for r in data["rows"] if (r["group"], r["on"]) == (group, on) and r["method"] in methods and r.get(metric)]
+
+    on = page.locator("#on").input_value()
+    expect(boxes).to_have_count(len(methods))
+    expect(points).to_have_count(len(rows_of(on, "perplexity_ratio", methods)))
+
+    gone, *others = methods
+    page.locator(f"#methods input[data-group='{group}'][data-method='{gone}']").uncheck()
+    expect(points).to_have_count(len(rows_of(on, "perplexity_ratio", others)))
+    page.locator("#methods details").first.get_by_role("button", name="none").click()
+    expect(points).to_have_count(0)
+    page.locator("#methods details").first.get_by_role("button", name="all").click()
+
+    before = page.locator("#chart .mark-line path").first.get_attribute("d")
+    for text in {r["on"] for r in data["rows"]}:
+        page.locator("#on").select_option(text)
+        for metric in page.locator("#metric option").evaluate_all("options => options.map(o => o.value)"):
+            page.locator("#metric").select_option(metric)
+            expect(points).to_have_count(len(rows_of(text, metric, methods)))
+    page.locator("#on").select_option(on)
+    page.locator("#metric").select_option("kl")
+    expect(points).to_have_count(len(rows_of(on, "kl", methods)))
+    expect(page.locator("#chart .mark-line path").first).not_to_have_attribute("d", before)
+
+
+@pytest.mark.browser
+def test_the_explorer_shows_the_plan_of_the_point_under_the_pointer(page, site):
+    data = json.loads(soup(site / "explorer.html").find(id="data").string)
+    page.goto((site / "explorer.html").as_uri())
+    plan = data["plans"][0]
+    for name in data["methods"][plan["group"]]:
+        if name != plan["method"]:
+            page.locator(f"#methods input[data-group='{plan['group']}'][data-method='{name}']").uncheck()
+    on = page.locator("#on").input_value()
+    rows = [r for r in data["rows"] if (r["group"], r["method"], r["on"]) == (plan["group"], plan["method"], on)]
+    points = page.locator("#chart .mark-symbol path")
+    expect(points).to_have_count(len(rows))
+    for number, row in enumerate(rows):
+        points.nth(number).hover()
+        heading = page.locator("#point h2")
+        expect(heading).to_have_text(
+            f"{row['method']}, {100 * row['sparsity_achieved']:.1f} % removed, on {on}".replace(".0 %", " %")
+        )
+        layers = [p for p in data["plans"] if (p["method"], p["sparsity"]) == (row["method"], row["sparsity"])]
+        expect(page.locator("#plan .mark-rect.role-mark path")).to_have_count(len(layers))
+        expect(page.locator("#point dl")).to_contain_text(f"{row['perplexity_ratio']:.3g}")
+
+
+@pytest.mark.browser
+def test_a_request_that_leaves_the_site_would_be_seen(browser, site, tmp_path):
+    """The check of the other tests can fail: offline, a page with an image from elsewhere reports it."""
+    (tmp_path / "bad.html").write_text('<img src="https://example.org/a.png" alt="">')
+    context = browser.new_context(offline=True)
+    page, failed = context.new_page(), []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    try:
+        page.goto((tmp_path / "bad.html").as_uri())
+    except Error:
+        pass
+    context.close()
+    assert failed == ["https://example.org/a.png"]

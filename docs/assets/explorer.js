@@ -3,7 +3,7 @@
   const { rows, plans, metrics, methods } = JSON.parse(document.getElementById("data").textContent);
   const element = (id) => document.getElementById(id);
   const EMBED = { renderer: "svg", actions: false, tooltip: { theme: "custom" } };
-  const CONFIG = { background: null, view: { stroke: null }, font: "inherit", axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" } };
+  const CONFIG = { background: null, view: { stroke: null }, font: "system-ui, sans-serif", axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" } };
   const SHAPES = Object.fromEntries(Object.keys(methods).map((group, i) => [group, ["circle", "square", "triangle-up"][i]]));
   const KINDS = { mlp: "#0072B2", attention: "#E69F00" };
   const HIDDEN = new Set(["group", "on", "method", "label", "domain", "task", "score", "measure", "tuned", "note"]);
@@ -28,7 +28,7 @@
   const boxes = [];
   function methodBoxes() {
     Object.entries(methods).forEach(([group, colours], i) => {
-      const set = make("fieldset", "");
+      const set = make("details", "", { open: i === 0 });
       const mine = Object.entries(colours).map(([method, colour]) => {
         const box = make("input", "", { type: "checkbox", checked: i === 0 });
         Object.assign(box.dataset, { group, method });
@@ -42,9 +42,7 @@
       const every = make("button", "all", { type: "button", onclick: () => choose(true) });
       const none = make("button", "none", { type: "button", onclick: () => choose(false) });
       const choose = (on) => { mine.forEach((box) => { box.checked = on; }); draw(); };
-      const legend = make("legend", `${group} `);
-      legend.append(every, none);
-      set.prepend(legend);
+      set.prepend(make("summary", group), every, none);
       boxes.push(...mine);
       element("methods").append(set);
     });
@@ -65,6 +63,7 @@
       group: row.group,
       method: row.method,
       colour: methods[row.group][row.method],
+      title: `${row.method}: ${short(row[metric])}`,
       x: row.sparsity_achieved ?? row.sparsity,
       y: row[metric],
       low: interval ? row[interval[0]] : error ? row[metric] - row[error] : row[metric],
@@ -74,26 +73,28 @@
     return { points, dense: dense ? [{ y: dense[metric] }] : [], metric };
   }
 
-  function draw() {
+  let drawn = Promise.resolve();
+  const draw = () => { drawn = drawn.then(redraw); return drawn; }; // one after the other: the last choice is what stays
+
+  function redraw() {
     const { points, dense, metric } = chosenRows();
     if (!points.length) {
-      element("chart").replaceChildren(make("p", "No method is chosen."));
-      return Promise.resolve();
+      element("chart").replaceChildren(make("p", "Nothing to draw: no method is chosen that was measured so."));
+      return undefined;
     }
     const { title, scale } = metrics[metric];
     const x = { field: "x", type: "quantitative", title: "share of attention and MLP parameters removed", axis: { format: "%", tickCount: 6, grid: false }, scale: { nice: false, padding: 12, zero: false } };
-    const y = { field: "y", type: "quantitative", title, scale: scale === "log" ? { type: "log", nice: false, padding: 12 } : { zero: false, padding: 12 }, axis: { tickCount: 6, format: scale === "log" ? "~g" : "" } };
+    const y = { field: "y", type: "quantitative", title, scale: { type: scale, nice: false, padding: 12, ...(scale === "log" ? {} : { zero: false }) }, axis: { tickCount: 6, gridOpacity: 0.6, format: "~g" } };
     const colour = { field: "colour", type: "nominal", scale: null };
     const form = Object.entries(SHAPES);
-    const tooltip = [{ field: "method", type: "nominal" }, { field: "x", type: "quantitative", title: "removed", format: ".1%" }, { field: "y", type: "quantitative", title, format: ".3~r" }];
     const layer = [
-      ...dense.map((line) => ({ name: "dense", data: { values: [line] }, mark: { type: "rule", strokeDash: [4, 3], color: "#888" }, encoding: { y: { ...y } } })),
+      ...dense.map((value) => ({ name: "dense", data: { values: [value] }, mark: { type: "rule", tooltip: "the dense model", strokeDash: [4, 3], color: "#888" }, encoding: { y } })),
       { mark: { type: "rule", opacity: 0.6 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color: colour } },
       { mark: { type: "line", strokeWidth: 1.8 }, encoding: { x, y, color: colour, detail: { field: "series" } } },
       {
         name: "points",
         mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" },
-        encoding: { x, y, color: colour, tooltip, shape: { field: "group", type: "nominal", legend: null, scale: { domain: form.map((f) => f[0]), range: form.map((f) => f[1]) } } },
+        encoding: { x, y, color: colour, tooltip: { field: "title", type: "nominal" }, shape: { field: "group", type: "nominal", legend: null, scale: { domain: form.map((f) => f[0]), range: form.map((f) => f[1]) } } },
       },
     ];
     const spec = { width: "container", height: Math.min(420, 260 + window.innerWidth / 10), autosize: { type: "fit", contains: "padding" }, data: { values: points }, layer, config: CONFIG };

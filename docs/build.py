@@ -1,7 +1,7 @@
 """The notebooks and figures as they are committed, as a folder of web pages to read without running anything.
 
-    python docs/make_site.py                 site/, its front page is site/index.html
-    python docs/make_site.py --output PATH   somewhere else
+    python docs/build.py                 site/, its front page is site/index.html
+    python docs/build.py --output PATH   somewhere else
 
 A page a notebook (nbconvert), the README in front, a gallery of every figure with its claim, and the explorer. The pages need no
 server and no network: styles and scripts are files beside them, and a link within the repository that leads nowhere is an error.
@@ -142,7 +142,9 @@ def notebook_body(notebook: Notebook, claims: dict[str, str]) -> str:
         if cell.cell_type == "code":
             saved = re.search(r'save_figure\(\s*\w+,\s*"(\w+)"', cell.source)
             cell.metadata["alt"] = claims.get(saved.group(1), "") if saved else "Output of the cell above."
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(
+        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True
+    )
     return exporter.from_notebook_node(content)[0]
 
 
@@ -165,7 +167,7 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
     pages = {"README.md": "index.html"} | {f"notebooks/{n.name}.ipynb": n.page for n in notebooks}
     pages |= {f"figures/{figure.name}.png": f"gallery.html#{figure.name}" for figure in figures}
     environment = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # methods and measures stand in the order they are given
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # methods stand in the order of their figure
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         site = Path(scratch) / "site"
