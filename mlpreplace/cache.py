@@ -169,12 +169,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, write) -> None:
     """Call ``write(temporary path)`` and rename: ``path`` is the old file or the whole new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
-    os.close(handle)
-    scratch = Path(name)
-    try:
+    # in a folder of its own: what a killed process leaves there is no result, figure or anything else by its ending
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+        scratch = Path(folder) / path.name
         write(scratch)
-        scratch.chmod(0o644)
         os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

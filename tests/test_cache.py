@@ -1,6 +1,9 @@
 """A fingerprint tells apart what differs and nothing else; a file is whole or not there."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,3 +291,11 @@ def test_a_write_replaces_the_old_file(tmp_path):
         assert path.read_text() == content
     assert list(path.parent.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_a_killed_process_was_writing_is_not_taken_for_a_file(tmp_path):
+    """By its ending: figures are found by theirs."""
+    killed = "import os; from pathlib import Path; from mlpreplace.cache import write_atomically\n"
+    killed += f"write_atomically(Path({str(tmp_path / 'rows.json')!r}), lambda path: path.touch() or os._exit(9))"
+    assert subprocess.run([sys.executable, "-c", killed], cwd=Path(__file__).resolve().parents[1]).returncode == 9
+    assert list(tmp_path.rglob("rows.json")) and not list(tmp_path.glob("*.json"))
