@@ -47,7 +47,7 @@ def models(tmp_path):
 
 @pytest.fixture
 def prepared(tmp_path, models) -> Path:
-    """A copy of the notebook below ``lab/notebooks``: smoke sizes, the first model, no outputs, figures in their own folder."""
+    """A copy of the notebook below ``lab/notebooks``: smoke sizes, the first model, no outputs, its own figures."""
     overrides = {"MODEL": models["shallow"], "FIGURES": str(tmp_path / "figures")}
     parameters = run.parameters_for(NOTEBOOK, "smoke", run.read_profile("smoke"), overrides)
     path = tmp_path / "lab" / "notebooks" / NOTEBOOK.name
@@ -143,7 +143,7 @@ def test_a_newcomer_runs_a_notebook_changes_the_model_and_sees_other_figures(bro
     page.goto(lab)
     cells = page.locator(".jp-NotebookPanel .jp-CodeCell")
     expect(cells).to_have_count(len(code), timeout=MINUTES)
-    expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=MINUTES)
+    expect(page.locator("#jp-main-statusbar")).to_contain_text(re.compile(r"Python.*\| Idle"), timeout=2 * MINUTES)
 
     run_all(page, len(code), 1)
     first = images(page)
