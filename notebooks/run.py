@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -126,8 +127,9 @@ def execute(notebook: Path, parameters: dict, folder: str) -> Path:
     output = ROOT / folder / notebook.relative_to(HERE)
     output.parent.mkdir(parents=True, exist_ok=True)
     options = {"cwd": str(HERE), "kernel_name": "python3", "progress_bar": sys.stderr.isatty()}
-    local = Config(KernelManager={"transport": "ipc"})  # sockets of this user's, not ports that any user could reach
-    papermill.execute_notebook(str(notebook), str(output), parameters=parameters, config=local, **options)
+    with tempfile.TemporaryDirectory(prefix="mlpreplace-") as sockets:  # of this user's, not ports that any user could reach
+        local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+        papermill.execute_notebook(str(notebook), str(output), parameters=parameters, config=local, **options)
     tidy(output)
     return output
 

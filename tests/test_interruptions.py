@@ -94,7 +94,7 @@ def test_smoke_killed_at_random_moments_draws_the_same_figures(only, figures, st
     def kept() -> set[str]:
         return {path.name for path in (tmp_path / "disturbed" / "cache" / "results").glob("*.safetensors")}
 
-    begun = time.monotonic()
+    begun, beside = time.monotonic(), set((ROOT / "notebooks").iterdir())
     assert start("undisturbed", only).wait(timeout=1800) == 0, (tmp_path / "undisturbed" / "log").read_text()
     seconds, whole, chance = time.monotonic() - begun, figures_of("undisturbed"), random.Random(0)
     assert len(whole) == figures
@@ -112,6 +112,7 @@ def test_smoke_killed_at_random_moments_draws_the_same_figures(only, figures, st
         assert kept() >= before, "what was whole is kept"
     assert start("disturbed", only).wait(timeout=1800) == 0, (tmp_path / "disturbed" / "log").read_text()
     assert figures_of("disturbed") == whole
+    assert set((ROOT / "notebooks").iterdir()) == beside, "a killed kernel leaves nothing among the notebooks"
 
 
 # a full disk, and two at once
