@@ -254,5 +254,7 @@ def calibration_curves(rows: pd.DataFrame) -> Figure:
         axes.set_xticks(ticks, [f"{t / 1024:g}k" for t in ticks], minor=False)
         axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, [f"fitted on {label}" for label in labels], loc="outside upper center", ncols=3)
+    thin = mpl.lines.Line2D([], [], color="0.4", linewidth=0.7)
+    names = [*(f"fitted on {label}" for label in labels), "thin: on fitting tokens"]
+    figure.legend([*handles, thin], names, loc="outside upper center", ncols=4, columnspacing=1)
     return figure

@@ -17,7 +17,7 @@ KIND_LOOKS = {
     "attention": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     "mlp": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
 }
-SINGLE_TASKS = "vP^Dhd<>"  # a marker a task
+SINGLE_TASKS = "+x1234|_"  # a marker a task, of strokes only: a method's are filled, or hollow
 HEALED = " + healing"
 
 
@@ -61,9 +61,9 @@ def tasks_by_method(rows: pd.DataFrame) -> Figure:
     methods = list(rows["method"].unique())
     y = pd.Series(np.arange(len(methods))[::-1], methods)
     figure, axes = plt.subplots(figsize=(6.8, 1.1 + 0.24 * len(methods)))
-    single = rows[rows["task"] != AVERAGE]
+    single = rows[(rows["task"] != AVERAGE) & rows["accuracy_retained"].notna()]
     for (task, part), marker in zip(single.groupby("task", sort=False), SINGLE_TASKS, strict=False):
-        look = {"linestyle": "", "marker": marker, "color": "0.6", "markersize": 4, "fillstyle": "none"}
+        look = {"linestyle": "", "marker": marker, "color": "0.45", "markersize": 6, "markeredgewidth": 1}
         axes.plot(part["accuracy_retained"].clip(*WIDEST), y[part["method"]], label=task.removeprefix("bundled/"), **look)
     mean = rows[rows["task"] == AVERAGE]
     places = y[mean["method"]]

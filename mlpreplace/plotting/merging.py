@@ -92,6 +92,7 @@ def similarity_maps(rows: pd.DataFrame) -> Figure:
         sns.heatmap(table, ax=axes, cmap="viridis", vmin=0, vmax=1, **options)
         axes.set(title=stack, xlabel="layer", ylabel="layer" if stack == stacks[0] else "")
         axes.tick_params(length=0)
+        axes.tick_params(axis="y", labelrotation=0)
         axes.invert_yaxis()
     figure.colorbar(panels[0, 0].collections[0], ax=panels[0], label="linear CKA", fraction=0.03, pad=0.01)
     return figure

@@ -88,23 +88,24 @@ def additivity(pairs: pd.DataFrame, sets: pd.DataFrame) -> Figure:
     sns.heatmap(
         table, ax=left, cmap="PuOr_r", norm=scale, annot=True, fmt=".2f", annot_kws={"size": 5.5}, cbar_kws=bar, square=True
     )
-    plain_log_ticks(left.collections[0].colorbar.ax.yaxis, "%g", subs=(1, 1.2, 1.5, 2, 3, 5, 7))
+    plain_log_ticks(left.collections[0].colorbar.ax.yaxis, "%g", subs=(1, 1.2, 1.5, 2, 3, 5, 7, 9))
     left.set(xlabel="one block: layer", ylabel="the other: layer")
     left.set_title(pairs["label"].iloc[0], fontsize=8)
     left.tick_params(length=0)
+    left.tick_params(axis="y", labelrotation=0)
     ends = sets["kl_sum"].min() * 0.8, sets["kl_sum"].max() * 1.25
     right.plot(ends, ends, color="0.4", linewidth=0.8, linestyle=":")
     right.text(ends[1], ends[1], "sum", fontsize=7, color="0.4", ha="right", va="bottom")
     looks = cycle((LOOKS["NarrowMLP"], LOOKS["NarrowPlusLinear"], LOOKS["LowRank"]))
-    for (label, line), look in zip(sets.groupby("label", sort=False), looks, strict=False):
+    sides = cycle(((-5, 4), (6, -6)))  # lines lie on one another: the numbers of one above it, of the other below
+    for (label, line), look, side in zip(sets.groupby("label", sort=False), looks, sides, strict=False):
         right.plot(line["kl_sum"], line["kl"], label=label, **look)
+        note = {"xytext": side, "textcoords": "offset points", "fontsize": 6, "ha": "center", "color": look["color"]}
         for _, row in line.iterrows():
-            right.annotate(
-                f"{row['blocks']:.0f}", (row["kl_sum"], row["kl"]), xytext=(0, 5), textcoords="offset points", fontsize=6
-            )
+            right.annotate(f"{row['blocks']:.0f}", (row["kl_sum"], row["kl"]), **note)
+    right.set(xscale="log", yscale="log", xlabel="sum of single KLs (nats per token)", ylabel="KL of all together")
     for axis in (right.xaxis, right.yaxis):
         plain_log_ticks(axis, subs=(1, 3))
-    right.set(xscale="log", yscale="log", xlabel="sum of single KLs (nats per token)", ylabel="KL of all together")
     right.set_title("numbers: blocks replaced", fontsize=8)
     right.legend(loc="lower right", fontsize=7)
     return figure

@@ -99,5 +99,5 @@ def _parallelogram(axes: Axes, rows: pd.DataFrame, column: str, low: str, high: 
 
 def _note(axes: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], color: str) -> None:
     side = "right" if offset[0] < 0 else "left"
-    ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}  # lines and bars pass under it
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # lines and bars pass under it
     axes.annotate(text, point, xytext=offset, textcoords="offset points", ha=side, fontsize=7.5, color=color, bbox=ground)

@@ -63,9 +63,6 @@ def _panel(axes: Axes, part: pd.DataFrame, name: str, looks: dict[str, dict]) ->
     axes.axhline(1, color="0.2", linewidth=1)
     axes.axhline(0, color="0.2", linewidth=1, linestyle=(0, (1, 2)))
     axes.plot(0, 1, marker="*", color="0.2", markersize=8, clip_on=False)
-    note = {"textcoords": "offset points", "fontsize": 7, "color": "0.2", "xycoords": axes.get_yaxis_transform()}
-    axes.annotate(f"dense {dense['accuracy']:.2f} ± {dense['accuracy_se']:.2f}", (1, 1), xytext=(0, 3), ha="right", **note)
-    axes.annotate(f"chance {dense['chance']:.2f}", (0, 0), xytext=(3, 3), **note)
     if np.isnan(dense["accuracy_retained"]):
         axes.text(0.5, 0.5, "dense model not\nabove chance", transform=axes.transAxes, ha="center", va="center", fontsize=8)
     for place, (method, look) in enumerate(looks.items()):
@@ -74,5 +71,8 @@ def _panel(axes: Axes, part: pd.DataFrame, name: str, looks: dict[str, dict]) ->
         y, bar = line["accuracy_retained"], line["accuracy_retained_se"]
         axes.errorbar(x, y, yerr=bar, capsize=2, elinewidth=0.8, markersize=4, label=method, **look)
     axes.set_title(name.removeprefix("bundled/"))
+    small = {"fontsize": 7, "fontweight": "normal", "color": "0.2"}
+    axes.set_title(f"dense {dense['accuracy']:.2f} ± {dense['accuracy_se']:.2f}", loc="right", **small)
+    axes.annotate(f"chance {dense['chance']:.2f}", (0, 0), xytext=(2, 3), textcoords="offset points", **small)
     axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
