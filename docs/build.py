@@ -3,8 +3,9 @@
     python docs/build.py                 site/, its front page is site/index.html
     python docs/build.py --output PATH   somewhere else
 
-A page a notebook (nbconvert), the README in front, a gallery of every figure with its claim, and the explorer. The pages need no
-server and no network: styles and scripts are files beside them, and a link within the repository that leads nowhere is an error.
+A page a notebook (nbconvert), the README in front, the guide, a gallery of every figure with its claim, and the explorer. They
+need no server and no network: styles and scripts are files beside them, and a link within the repository that leads nowhere is
+an error.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
         raise Refused(f"{output} is there and was not made by this script; remove it, or give --output another folder.")
     notebooks = read_notebooks(root)
     figures = read_figures(root, notebooks)
-    pages = {"README.md": "index.html"} | {f"notebooks/{n.name}.ipynb": n.page for n in notebooks}
+    texts = {"README.md": ("index.html", "mlpreplace"), "docs/guide.md": ("guide.html", "Guide")}
+    pages = {source: page for source, (page, _) in texts.items()} | {f"notebooks/{n.name}.ipynb": n.page for n in notebooks}
     pages |= {f"figures/{figure.name}.png": f"gallery.html#{figure.name}" for figure in figures}
     environment = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # methods stand in the order of their figure
@@ -181,8 +183,9 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
             (site / page).write_text(html)
             written.append(page)
 
-        readme = relink(markdown2html((root / "README.md").read_text()), "README.md", "index.html", pages)
-        write("index.html", "text.html.j2", title="mlpreplace", body=readme, before=None, after=None)
+        for source, (page, title) in texts.items():
+            body = relink(markdown2html((root / source).read_text()), source, page, pages)
+            write(page, "text.html.j2", title=title, body=body, before=None, after=None)
         claims = {figure.name: figure.claim for figure in figures}
         for before, notebook, after in zip([None, *notebooks], notebooks, [*notebooks[1:], None], strict=False):
             source = f"notebooks/{notebook.name}.ipynb"

@@ -219,3 +219,30 @@ def planted(change) -> set[str]:
 )
 def test_a_number_of_no_figure_is_found(change):
     assert len(planted(change)) == 1
+
+
+# The gallery: a claim is its figure's, word for word, and every figure is there once.
+
+
+def gallery() -> list[list[str]]:
+    text = (ROOT / "README.md").read_text()
+    return [cells(line) for line in re.search(r"\n## Gallery\n.*?\n(\|.*?)\n\n", text, re.DOTALL).group(1).splitlines()[2:]]
+
+
+def linked(cell: str, folder: str, ending: str) -> list[str]:
+    return re.findall(rf"\]\({folder}/([^)]*)\.{ending}\)", cell)
+
+
+def test_the_gallery_says_what_its_figures_say():
+    for notebook, claim, shown, others in gallery():
+        (source,), (main,) = linked(notebook, "notebooks", "ipynb"), linked(shown, "figures", "png")
+        title = json.loads((ROOT / "notebooks" / f"{source}.ipynb").read_text())["cells"][0]["source"]
+        assert notebook.endswith("".join(title).splitlines()[0].lstrip("# "))
+        assert claim == figure(main)["claim"], f"the claim of {main} is: {figure(main)['claim']}"
+        for name in (main, *linked(others, "figures", "png")):
+            assert figure(name)["provenance"]["notebook"] == source, name
+
+
+def test_every_figure_is_in_the_gallery_once():
+    named = [name for line in gallery() for name in linked(" ".join(line[2:]), "figures", "png")]
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "figures").glob("*.json"))

@@ -18,7 +18,7 @@ from playwright.sync_api import Error, expect
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "notebooks").rglob("[0-9][0-9]_*.ipynb"))
-PAGES = ["index.html", "gallery.html", "explorer.html", *(str(p.with_suffix(".html")) for p in NOTEBOOKS)]
+PAGES = ["index.html", "guide.html", "gallery.html", "explorer.html", *(str(p.with_suffix(".html")) for p in NOTEBOOKS)]
 FIGURES = sorted(p.stem for p in (ROOT / "figures").glob("*.json"))
 
 sys.path.insert(0, str(DOCS))
@@ -98,7 +98,6 @@ def test_a_folder_that_something_else_made_is_left_alone(tmp_path, capsys):
 def test_a_figure_without_its_png_is_refused(tmp_path):
     for folder in ("notebooks", "figures"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "README.md", tmp_path)
     (tmp_path / "figures" / f"{FIGURES[0]}.png").unlink()
     with pytest.raises(build_site.Refused, match=f"{FIGURES[0]}.png missing"):
         build_site.build(tmp_path / "site", tmp_path)

@@ -1,13 +1,15 @@
 """SubFit-style: attention and MLP submodules removed wherever they are, each with a fitted residual bypass.
 
-After arXiv 2606.02559, whose code and details are not public. What it says: submodules are scored by how little they change
-the residual stream, in magnitude and rotation; the lowest go, in no order of depth, until the sparsity is met net of the
-bypasses, which add about a tenth of what is removed; attention gets a low-rank map and an MLP one of higher rank, in closed
-form. What it leaves open is chosen here, as options of :func:`subfit`: how magnitude and rotation become one score (their
-geometric mean), whether it is divided by the parameters saved (it is, or nearly all attention would go before any MLP), the
-ranks (a tenth of the block's parameters each, so that an MLP's is the higher one), the ridge (the fits' own), and that scores
-and bypasses are of the dense model, not of one after another. Where the last submodule would remove too much, smaller ones
-may go in its place: the sparsity is exceeded by as little as possible.
+Written after what arXiv 2606.02559 and descriptions of it say, without its code (which it names,
+github.com/eliacunegatti/SubFit, and which was not read for this). What they say: submodules are scored by how little they
+change the residual stream, in magnitude and rotation; the lowest go, in no order of depth, until the sparsity is met net of
+the bypasses, which add about a tenth of what is removed; attention gets a low-rank map and an MLP one of higher rank, in
+closed form. What it leaves open is chosen here, as options of :func:`subfit`: how magnitude and rotation become one score
+(their geometric mean), whether it is divided by the parameters saved (it is, or nearly all attention would go before any MLP),
+the ranks (a tenth of the block's parameters each, so that an MLP's is the higher one), that every MLP has an input basis of
+its own (a description has them share one), the ridge (the fits' own), and that scores and bypasses are of the dense model, not
+of one after another. Where the last submodule would remove too much, smaller ones may go in its place: the sparsity is
+exceeded by as little as possible.
 
 Descriptions that train the bypasses on next tokens go on from here: :func:`~mlpreplace.heal.heal` trains any plan.
 """
