@@ -21,6 +21,11 @@ from mlpreplace.architectures import ARCHITECTURES
 from mlpreplace.capture import MOMENTS
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Tests of minutes come first, so that no worker is left with one of them at the end; the order stays otherwise."""
+    items.sort(key=lambda item: "notebooks" not in item.keywords)
+
+
 def activations(model, block, windows: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Reference: float64 inputs x, neurons h and outputs y of a block, [tokens, width], stored whole."""
     seen: dict[str, torch.Tensor] = {}
