@@ -34,7 +34,7 @@ FORCE:
 figures/%.png: FORCE setup  # one figure, by the notebook or study that draws it, with that notebook's others
 	$(RUN) --figure $*
 
-studies: setup  ## the measurements that take longer than a notebook may: what each ingredient brings
+studies: setup  ## the measurements that take longer than a notebook may: texts, ingredients, all methods
 	$(RUN) --studies
 
 smoke: PROFILE = smoke
@@ -51,7 +51,7 @@ paper: $(READY)  ## set paper/mlpreplace.pdf from figures/, offline
 site: $(READY)  ## set site/: notebooks, figures and an explorer of all plans as pages to read, offline
 	$(PY) docs/build.py
 
-test: setup lint  ## all tests, the notebooks in the smoke profile among them
+test: setup lint  ## all tests but the slow ones, the notebooks in the smoke profile among them
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(READY)  ## style

@@ -200,6 +200,8 @@ def learning(model: nn.Module, plan: Plan) -> Iterator[None]:
     if not plan:
         raise ValueError("The plan is empty: there is nothing to train.")
     learners, before = bodies(plan), {p: p.requires_grad for p in model.parameters()}
+    if not any(True for _ in learners.parameters()):
+        raise ValueError("Nothing in the plan has parameters, as where blocks are only removed: there is nothing to train.")
     try:
         model.requires_grad_(False)
         learners.requires_grad_(True)

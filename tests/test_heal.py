@@ -10,6 +10,7 @@ import torch
 from tiny_models import CAUSAL, build, random_windows
 
 from mlpreplace import Healing, NarrowMLP, Replacement, capture, compare, find_blocks, fit, heal, spliced
+from mlpreplace.layers import Removed
 
 HOW = Healing(steps=12, batch_windows=2, learning_rate=3e-3, top_k=64, check_steps=4)
 
@@ -126,6 +127,9 @@ def test_bad_requests(case):
     model, plan, windows, validation = case
     with pytest.raises(ValueError, match="empty"):
         heal(model, {}, windows, validation)
+    removed = {b: Replacement(Removed(), b) for b in plan}
+    with pytest.raises(ValueError, match="Nothing in the plan has parameters"):
+        heal(model, removed, windows, validation, HOW, progress=False)
     with pytest.raises(ValueError, match="vocabulary"):
         heal(model, plan, windows + 1000, validation)
     wider = build("llama", hidden_size=64)
