@@ -213,7 +213,7 @@ def planted(change) -> set[str]:
         lambda text: re.sub(r"(\| greedy \| ×)[\d.]+", r"\g<1>9.99", text),  # a cell
         lambda text: text.replace("| UIDL | a span of layers |", "| UIDL | 7 layers |"),  # words of a table
         lambda text: re.sub(r"(windows of )\d+", r"\g<1>500", text),  # a number of the prose
-        lambda text: text.replace("Matching makes merging better,", "In 9 of 10 cases matching makes merging better,"),  # of no source
+        lambda text: text.replace("Matching makes merging", "In 9 of 10 cases matching makes merging"),  # of no source
         lambda text: re.sub(r"\n\| nested \|.*", "", text),  # a method that is left out
     ],
 )
