@@ -2,6 +2,7 @@
 
 import json
 import re
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -246,3 +247,13 @@ def test_the_gallery_says_what_its_figures_say():
 def test_every_figure_is_in_the_gallery_once():
     named = [name for line in gallery() for name in linked(" ".join(line[2:]), "figures", "png")]
     assert sorted(named) == sorted(path.stem for path in (ROOT / "figures").glob("*.json"))
+
+
+@pytest.mark.parametrize(("command", "where"), [("the first `make figures`", "[0-9]*"), ("`make studies`", "studies/*")])
+def test_the_memory_that_is_asked_for_is_what_was_used(command, where):
+    """Or a little more: what the cache held already was not computed again."""
+    records = [json.loads(path.read_text())["provenance"] for path in (ROOT / "figures").glob("*.json")]
+    used = max(r["peak_memory_mb"] for r in records if fnmatch(r["notebook"], where))
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if cells(line)[0] == command)
+    (asked,) = re.findall(r"(\d+) GB of memory", line)
+    assert used <= 1000 * int(asked) <= 1.25 * used
