@@ -62,7 +62,7 @@ lab: setup  ## JupyterLab on the notebooks
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks $(LAB)
 
 bench: setup  ## what capture and sweeps cost, and how much faster compressed models are
-	$(PY) -m mlpreplace.bench
+	$(PY) benchmarks/bench.py
 
 clean:  ## remove executed notebooks, the site and cached results
 	rm -rf executed site $(CACHE)/results .pytest_cache .ruff_cache

@@ -3,9 +3,9 @@
     python docs/build.py                 site/, its front page is site/index.html
     python docs/build.py --output PATH   somewhere else
 
-A page a notebook (nbconvert), the README in front, the guide, a gallery of every figure with its claim, and the explorer. They
-need no server and no network: styles and scripts are files beside them, and a link within the repository that leads nowhere is
-an error.
+Every notebook is a page (nbconvert), beside the README in front, the guide, how to add a method, a gallery of every figure with
+its claim, and the explorer. They need no server and no network: styles and scripts are files beside them, and a link within the
+repository that leads nowhere is an error.
 """
 
 from __future__ import annotations
@@ -165,7 +165,11 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
         raise Refused(f"{output} is there and was not made by this script; remove it, or give --output another folder.")
     notebooks = read_notebooks(root)
     figures = read_figures(root, notebooks)
-    texts = {"README.md": ("index.html", "mlpreplace"), "docs/guide.md": ("guide.html", "Guide")}
+    texts = {
+        "README.md": ("index.html", "mlpreplace"),
+        "docs/guide.md": ("guide.html", "Guide"),
+        "docs/adding_a_method.md": ("adding_a_method.html", "Adding a method"),
+    }
     pages = {source: page for source, (page, _) in texts.items()} | {f"notebooks/{n.name}.ipynb": n.page for n in notebooks}
     pages |= {f"figures/{figure.name}.png": f"gallery.html#{figure.name}" for figure in figures}
     environment = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)

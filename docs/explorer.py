@@ -1,21 +1,20 @@
-"""The rows behind the explorer: what the figures' jsons say of every measured plan, as they say it."""
+"""The rows behind the explorer: those of the figures' jsons, unchanged, for every measured plan."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from mlpreplace.plotting.merging import MERGING_LOOKS
-from mlpreplace.plotting.models import BASELINE_LOOKS
+from mlpreplace.reporting.plots import MERGING_LOOKS, METHOD_LOOKS
 
-LOOKS = MERGING_LOOKS | BASELINE_LOOKS
+LOOKS = MERGING_LOOKS | METHOD_LOOKS
 GROUPS = {  # heading of the methods of a group: figures of their plans, later ones add what earlier ones do not have
     "All methods (05)": ("05_perplexity_vs_sparsity", "05_healing", "05_tasks"),
     "Allocations (04)": ("04_pareto", "04_tasks"),
     "Shared weights (06)": ("06_language",),
 }
 PLANS = {"All methods (05)": "05_selection_map", "Allocations (04)": "04_widths"}  # what is kept, layer by layer
-METRICS = {  # column of the rows: axis title, columns of its interval, scale; d3 format
+METRICS = {  # column of the rows: axis title, columns of its interval or standard error, scale
     "perplexity_ratio": {"title": "perplexity ÷ dense perplexity", "interval": ["ci_low", "ci_high"], "scale": "log"},
     "perplexity": {"title": "perplexity", "scale": "log"},
     "kl": {"title": "KL to the dense model, nats per token", "scale": "log"},
@@ -26,7 +25,7 @@ METRICS = {  # column of the rows: axis title, columns of its interval, scale; d
 
 
 def colour(method: str) -> str:
-    """The one it has in the figures; healing does not change it, and black is the ink of the page, which may be white."""
+    """The colour of a method in the figures, healed or not. Black becomes the colour of the page's text, white in dark mode."""
     found = LOOKS[method if method in LOOKS else method.removesuffix(" + healing")]["color"]
     return "currentColor" if found == "#000000" else found
 

@@ -1,4 +1,4 @@
-"""Compress a model, and measure what it became, for those who want the result alone.
+"""Compress a model and measure the result, from the command line.
 
 python -m mlpreplace compress bundled/smollm2-135m --sparsity 0.25 --out small
 python -m mlpreplace evaluate small
@@ -15,40 +15,17 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from . import (
-    METHODS,
-    Healing,
-    LowRank,
-    Mean,
-    NarrowPlusLinear,
-    allocate,
-    calibrate,
-    capture,
-    compare,
-    evaluate_tasks,
-    export,
-    find_blocks,
-    fit_all,
-    heal,
-    ladder,
-    load,
-    load_model,
-    load_windows,
-    narrow_widths,
-    perplexity_ratio,
-    refit,
-    save,
-    sparsity,
-    splice,
-    task_rows,
-)
+from .evaluation import compare, evaluate_tasks, perplexity_ratio, task_rows
+from .methods import METHODS, calibrate
+from .models import find_blocks, load_model
+from .planning import Healing, allocate, fit_candidates, heal, refit
+from .replacements import Plan, sparsity_of, splice
+from .statistics import capture
+from .storage import export, load, save
+from .texts import load_windows
 
-OURS = ("allocated", "uniform")  # whose plans are of MLPs to be fitted again, front to back
-WIDTH_STEPS = 12
-LINEAR_SIZES = (0.125, 0.25, 0.375, 0.5)  # of NarrowPlusLinear, shares of an MLP
-ATTENTION_SIZES = (0.05, 0.1, 0.2)  # of LowRank, shares of an attention block
+OURS = ("allocated", "uniform")  # whose plans are of fitted MLPs, which a refit improves
 FORMS = {"delta": "what was replaced", "standalone": "the whole model", "plain": "a checkpoint that transformers loads"}
 
 
@@ -65,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compress(options: Namespace) -> None:
     """Plan, splice, measure, save."""
-    if Path(options.out).exists():  # before an hour goes into what could not be kept
+    if Path(options.out).exists():  # before the work, whose result could not be saved
         raise FileExistsError(f"{options.out} exists; choose a new folder.")
     model, tokenizer = load_model(options.model, device=options.device)
     held = _heldout(options, tokenizer)
@@ -76,7 +53,7 @@ def compress(options: Namespace) -> None:
     plan = _plan(model, windows, validation, options.method, options.sparsity)
     if options.method in OURS:
         _say("refit, front to back")
-        plan = refit(model, plan, windows, cached=True)
+        plan = refit(model, plan, windows, cached=True).plan
     if options.healing_steps:
         _say(f"heal, {options.healing_steps} steps")
         plan, report = heal(model, plan, windows, validation, Healing(steps=options.healing_steps), cached=True)
@@ -91,7 +68,7 @@ def compress(options: Namespace) -> None:
     else:
         save(compressed, options.out, standalone=options.form == "standalone", metrics=metrics, tokenizer=tokenizer)
     _show(measured)
-    print(f"{sparsity(model, plan):.1%} of all attention and MLP parameters removed, in {len(plan)} blocks.")
+    print(f"{sparsity_of(model, plan):.1%} of all attention and MLP parameters removed, in {len(plan)} blocks.")
     print(f"{model.num_parameters():,} parameters became {compressed.num_parameters():,}. Saved in {options.out}.")
 
 
@@ -114,7 +91,7 @@ def evaluate(options: Namespace) -> None:
         print(pd.DataFrame(task_rows(results, dense_label="dense")).to_string(index=False))
 
 
-def _plan(model: nn.Module, windows: Tensor, validation: Tensor, method: str, share: float) -> Mapping:
+def _plan(model: nn.Module, windows: Tensor, validation: Tensor, method: str, share: float) -> Plan:
     """By name: one of METHODS. "allocated" chooses among candidates for every block."""
     both, last = torch.cat([windows, validation]), dict(validation_windows=len(validation), cached=True)
     if method != "allocated":
@@ -122,14 +99,9 @@ def _plan(model: nn.Module, windows: Tensor, validation: Tensor, method: str, sh
     mlps, attentions = find_blocks(model), find_blocks(model, "attention")
     _say(f"capture, {len(mlps)} MLP and {len(attentions)} attention blocks")
     stats = capture(model, mlps + attentions, both, moments=("input", "hidden", "cross"), **last)
-    families = {b: narrow_widths(b, WIDTH_STEPS) + ladder(b, LINEAR_SIZES, [NarrowPlusLinear]) for b in mlps}
-    families |= {b: [Mean(), *ladder(b, ATTENTION_SIZES, [LowRank])] for b in attentions}
-    _say(f"fit, {sum(map(len, families.values())):,} candidates")
-    candidates = {
-        b: fit_all([b], stats, of_block, samples=["validation"], progress=False)[b]
-        for b, of_block in tqdm(families.items(), desc="fit", unit="block", leave=False)
-    }
-    _say("allocate")
+    _say("fit candidates")
+    candidates = fit_candidates(stats)
+    _say(f"allocate, {sum(map(len, candidates.values())):,} candidates")
     return allocate(model, stats, share, "joint", candidates=candidates, windows=validation)
 
 
@@ -145,18 +117,8 @@ def _measured(model: nn.Module, compressed: nn.Module, held: Mapping[str, Tensor
         _say(f"measure on {text}")
         dense, small = (compare(m, {"": {}}, ids, kl=False)[""] for m in (model, compressed))
         ratio = perplexity_ratio(small, dense)
-        rows.append(
-            {
-                "text": text,
-                "tokens": ratio.tokens,
-                "dense": dense.perplexity,
-                "compressed": small.perplexity,
-                "ratio": ratio.value,
-                "low": ratio.low,
-                "high": ratio.high,
-            }
-        )
-    return pd.DataFrame(rows)
+        rows.append((text, ratio.tokens, dense.perplexity, small.perplexity, ratio.value, ratio.low, ratio.high))
+    return pd.DataFrame(rows, columns=["text", "tokens", "dense", "compressed", "ratio", "low", "high"])
 
 
 def _show(measured: pd.DataFrame) -> None:

@@ -16,9 +16,11 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 
-from mlpreplace import BlockStatistics, Sample, assets, cache, capture, find_blocks, load_model
-from mlpreplace.architectures import ARCHITECTURES
-from mlpreplace.capture import MOMENTS
+from mlpreplace import capture, find_blocks, load_model
+from mlpreplace.models.architectures import ARCHITECTURES
+from mlpreplace.runtime import cache
+from mlpreplace.statistics.moments import MOMENTS, BlockStatistics, Sample
+from mlpreplace.texts import assets
 
 
 def pytest_collection_modifyitems(items) -> None:

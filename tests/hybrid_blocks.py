@@ -4,8 +4,9 @@ import torch
 from conftest import capture_quietly
 from tiny_models import build, random_windows
 
-from mlpreplace import AttentionMLP, BlockStatistics, ConvMLP, MixtureOfExperts, Sample, TransformerBlock, fit
-from mlpreplace.starts import neurons
+from mlpreplace import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock, fit
+from mlpreplace.fitting.features import block_neurons
+from mlpreplace.statistics.records import BlockStatistics, Sample
 
 LOOKING_BACK = [ConvMLP(12, kernel=3), AttentionMLP(12, head_dim=4), TransformerBlock(2)]
 MIXTURE = MixtureOfExperts(6, experts=3)
@@ -29,7 +30,7 @@ def planted(block, x, y, held_out: int, validation: int):
     flat_x, flat_y = x[:n].flatten(0, 1), y[:n].flatten(0, 1)
     moments = dict(sum_x=flat_x.sum(0), sum_y=flat_y.sum(0), xx=flat_x.T @ flat_x, xy=flat_x.T @ flat_y)
     if block.has_neurons:
-        h = neurons(block, flat_x)
+        h = block_neurons(block, flat_x)
         moments |= dict(sum_h=h.sum(0), hh=h.T @ h)
     train, unseen, held = (
         pairs(inputs[part], outputs[part]) for part in (slice(n), slice(n, n + validation), slice(n + validation, None))

@@ -5,9 +5,10 @@ import copy
 import torch
 from tiny_models import SINGLE, build, random_windows
 
-from mlpreplace import LowRank, fit_all
-from mlpreplace.baselines import METHODS, calibrate
-from mlpreplace.structure import layer_lists
+from mlpreplace import LowRank
+from mlpreplace.fitting.fit import fit_all
+from mlpreplace.methods.registry import METHODS, calibrate
+from mlpreplace.models.architectures import layer_lists
 
 LAYERS = 6
 SLIDING = ("mistral", "qwen2", "qwen3", "qwen2_moe", "gemma2", "gemma3_text")  # their configurations list a type for every layer
@@ -33,10 +34,12 @@ def deleted(model, removed):
 
 
 def calibrated(model, sparsities=(0.3,), methods=tuple(METHODS), windows=None, **options):
-    """A calibration for ``methods`` on a few random windows, with low-rank candidates for the allocation."""
+    """A calibration for ``methods`` on a few random windows; for the allocation with low-rank candidates."""
     windows = random_windows(14, 16, seed=1) if windows is None else windows
     options = dict(validation_windows=2, sample_windows=None, progress=False) | options
     calibration = calibrate(model, windows, sparsities, methods=methods, **options)
+    if "allocated" not in methods:
+        return calibration
     families = [LowRank(2), LowRank(6)]
     calibration.candidates = fit_all(calibration.blocks, calibration.blocks, families, samples=("validation",), progress=False)
     return calibration

@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
-from tiny_models import build
+from tiny_models import batches_for, build
 
 from mlpreplace import find_blocks
-from mlpreplace.blocks import _parameters
+from mlpreplace.models.blocks import _parameters
+from mlpreplace.statistics.unit_similarity import capture_units
 
 KINDS = ["llama", "gemma", "gpt2", "opt", "bert", "vit", "marian", "t5"]  # gated, with and without biases, every side
 
@@ -58,6 +59,13 @@ def planted(name: str, first: int = 0, **changes):
 def as_doubles(batches):
     """Floating-point inputs in float64, for a model in float64."""
     return [{k: t.double() if t.is_floating_point() else t for k, t in batch.items()} for batch in batches]
+
+
+def units_of(model, name: str):
+    """Units of all MLP blocks on 24 inputs, in the model's precision."""
+    batches = batches_for(name, 24)
+    wide = next(model.parameters()).dtype == torch.float64
+    return capture_units(model, find_blocks(model), as_doubles(batches) if wide else batches, progress=False)
 
 
 def reference_units(model, block, batches, mask=None) -> torch.Tensor:

@@ -12,8 +12,9 @@ from conftest import capture_quietly, captured_whole, save_locally
 from tiny_models import random_windows
 
 import mlpreplace as m
-from mlpreplace import memory, models
-from mlpreplace.blocks import find_blocks
+from mlpreplace.models import loading
+from mlpreplace.models.blocks import find_blocks
+from mlpreplace.runtime import memory
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +30,7 @@ def test_a_model_larger_than_its_gpus_is_refused(llama, tmp_path, monkeypatch):
     folder = save_locally(llama, tmp_path / "model")
     llama.model.layers[2].to("meta")  # as transformers leaves it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda path, **how: llama)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda path, **how: llama)
     with pytest.raises(ValueError, match="offloaded.*larger GPUs"):
         m.load_model(folder, device="balanced")
 
@@ -40,7 +41,7 @@ def test_offloaded_weights_are_refused_with_what_to_do(llama):
     with pytest.raises(ValueError, match=r"model.layers.0.mlp are not on any device.*balanced"):
         capture_quietly(llama, random_windows(4))
     with pytest.raises(ValueError, match="offloaded"):
-        m.Replacement(m.NarrowMLP(24), blocks[0])
+        m.replacements.Replacement(m.NarrowMLP(24), blocks[0])
 
 
 @pytest.fixture

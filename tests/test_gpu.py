@@ -8,7 +8,7 @@ from conftest import captured_whole, save_locally
 from tiny_models import build, random_windows
 
 import mlpreplace as m
-from mlpreplace import memory
+from mlpreplace.runtime import memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
@@ -24,7 +24,7 @@ def test_the_whole_path_on_a_gpu_is_that_on_the_cpu():
         assert {s.train.x.device.type for s in stats.values()} == {"cpu"}
         plan = {block: m.fit(block, stats, m.NarrowMLP(24)) for block in blocks}
         plan[blocks[0]] = m.fit(blocks[0], stats, m.NarrowMLP(24), training=m.Training(epochs=1))
-        healed, _ = m.heal(model, plan, windows, unseen, m.Healing(steps=1), progress=False)
+        healed, _ = m.heal(model, plan, windows, unseen, m.planning.distil.Healing(steps=1), progress=False)
         logits.append(m.splice(model, healed)(unseen.to(device)).logits.detach().cpu())
         measured.append(m.compare(model, {"healed": healed}, unseen, progress=False)["healed"].perplexity)
     torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-3)
@@ -44,7 +44,7 @@ def test_a_model_lands_on_the_gpu_in_the_precision_of_its_checkpoint(device, tmp
 
 def test_int8_is_refused_on_a_gpu():
     with pytest.raises(ValueError, match="int8 product here is the CPU's"):
-        m.quantized(build("llama").to("cuda"))
+        m.evaluation.int8.quantized(build("llama").to("cuda"))
 
 
 def test_free_memory_is_that_of_the_gpu_and_shrinks():

@@ -8,7 +8,7 @@ from conftest import activations, captured_whole
 from tiny_models import build, random_windows
 
 import mlpreplace as m
-from mlpreplace.capture import SUMS
+from mlpreplace.statistics.records import SUMS
 
 FAMILIES = [m.Mean(), m.Linear(), m.LowRank(4), m.NarrowMLP(24), m.NarrowPlusLinear(16, 2), m.TwoLayerMLP(24)]
 FAMILIES += [m.ConvMLP(24), m.AttentionMLP(24, 8), m.MixtureOfExperts(12, 2), m.TransformerBlock(4, 2)]

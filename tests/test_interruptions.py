@@ -4,20 +4,25 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BYTES, byte_tokenizer, save_locally
-from tiny_models import build
+from conftest import BYTES, byte_tokenizer, capture_quietly, save_locally
+from forked import SERVER
+from tiny_models import build, random_windows
 
-from mlpreplace.assets import cache_dir
+from mlpreplace import LowRank, NarrowMLP, Training, compare
+from mlpreplace.fitting import fit_all
+from mlpreplace.runtime.files import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = re.compile(".*seconds|prefill|decode|share_of_ideal")
@@ -86,9 +91,15 @@ def interrupt(process: subprocess.Popen) -> None:
 
 @pytest.mark.notebooks
 @pytest.mark.bundled
-@pytest.mark.parametrize(("only", "figures"), [("03", 3), pytest.param("01 02 03 04 05 06", 19, marks=pytest.mark.slow)])
-def test_smoke_killed_at_random_moments_draws_the_same_figures(only, figures, start, tmp_path):
-    """Five kills; a run that is whole before its kill comes starts from nothing again."""
+@pytest.mark.parametrize(
+    ("only", "figures", "kills"),
+    [
+        ("03", 3, [kill_all, kill_kernel, interrupt]),
+        pytest.param("01 02 03 04 05 06", 19, [kill_all, kill_kernel, interrupt, kill_all, kill_kernel], marks=pytest.mark.slow),
+    ],
+)
+def test_smoke_killed_at_random_moments_draws_the_same_figures(only, figures, kills, start, tmp_path):
+    """A run that is whole before its kill comes starts from nothing again."""
 
     def figures_of(name: str) -> dict[str, list[dict]]:
         return rows(tmp_path / name / "figures")
@@ -100,7 +111,7 @@ def test_smoke_killed_at_random_moments_draws_the_same_figures(only, figures, st
     assert start("undisturbed", only).wait(timeout=1800) == 0, (tmp_path / "undisturbed" / "log").read_text()
     seconds, whole, chance = time.monotonic() - begun, figures_of("undisturbed"), random.Random(0)
     assert len(whole) == figures
-    kills = [kill_all, kill_kernel, interrupt, kill_all, kill_kernel]
+    kills = [*kills]
     while kills:
         process, before = start("disturbed", only), kept()
         with suppress(subprocess.TimeoutExpired):
@@ -121,66 +132,69 @@ def test_smoke_killed_at_random_moments_draws_the_same_figures(only, figures, st
 
 # a full disk, and two at once
 
-FITS = """
-import json, resource, sys, time
-from pathlib import Path
-sys.path.insert(0, "tests")
-from conftest import capture_quietly
-from tiny_models import build, random_windows
-from mlpreplace import LowRank, NarrowMLP, Training, compare, fit_all
-if (limit := int(sys.argv[1])):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-Path(sys.argv[2]).touch()
-while len(list(Path(sys.argv[2]).parent.glob("ready-*"))) < int(sys.argv[3]):
-    time.sleep(0.01)
-model = build("llama")
-blocks, stats = capture_quietly(model, random_windows(40), sample_windows=None, validation_windows=8, cached=True)
-how = Training(epochs=4, batch_tokens=16, check_tokens=64)
-fitted = fit_all(blocks, stats, [NarrowMLP(16), LowRank(4)], training=how, n_jobs=1, cached=True, progress=False)
-plans = {(b.name, i): {b: r} for b, several in fitted.items() for i, r in enumerate(several)}
-measured = compare(model, plans, random_windows(6, seed=5), batch_size=2, cached=True, progress=False)
-print(json.dumps([m.kl.tolist() for m in measured.values()]))
-"""
+
+def fits(cache: Path, limit: int = 0, ready: Path | None = None, wait_for: int = 1) -> list:
+    """Captures, fits and a sweep, cached in ``cache``: the KL of every plan.
+
+    Args:
+        limit: bytes that a file may have, 0 for any number.
+        ready: a file to make; the work begins when ``wait_for`` files of its folder are there.
+    """
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if ready:
+        ready.touch()
+        while len(list(ready.parent.iterdir())) < wait_for:
+            time.sleep(0.01)
+    os.environ["MLPREPLACE_CACHE"] = str(cache)
+    model = build("llama")
+    blocks, stats = capture_quietly(model, random_windows(40), sample_windows=None, validation_windows=8, cached=True)
+    how = Training(epochs=4, batch_tokens=16, check_tokens=64)
+    fitted = fit_all(blocks, stats, [NarrowMLP(16), LowRank(4)], training=how, n_jobs=1, cached=True, progress=False)
+    plans = {(b.name, i): {b: r} for b, several in fitted.items() for i, r in enumerate(several)}
+    measured = compare(model, plans, random_windows(6, seed=5), batch_size=2, cached=True, progress=False)
+    return [m.kl.tolist() for m in measured.values()]
 
 
-@pytest.fixture
-def launch(tmp_path):
-    """launch(cache, limit): captures, fits and a sweep, cached; those that wait for each other begin at once."""
+@pytest.fixture(scope="module")
+def launch():
+    """launch(arguments of ``fits``): its result, from a process of its own."""
+    pools: list[ProcessPoolExecutor] = []
 
-    def launch(cache: str, limit: int = 0, wait_for: int = 1, number: int = 0) -> subprocess.Popen:
-        group = tmp_path / f"group-{cache}-{limit}-{wait_for}"
-        group.mkdir(exist_ok=True)
-        environment = os.environ | {"MLPREPLACE_CACHE": str(tmp_path / cache), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", FITS, str(limit), str(group / f"ready-{number}"), str(wait_for)]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def launch(*arguments) -> Future:
+        pools.append(ProcessPoolExecutor(1, mp_context=SERVER))
+        return pools[-1].submit(fits, *arguments)
 
-    return launch
-
-
-def finished(process: subprocess.Popen) -> list:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out)
+    yield launch
+    for pool in pools:
+        pool.shutdown()
 
 
-def test_two_processes_that_compute_the_same_do_not_disturb_each_other(launch, tmp_path):
-    alone = finished(launch("alone"))
-    both = [launch("shared", wait_for=2, number=i) for i in range(2)]
-    assert [finished(process) for process in both] == [alone, alone]
-    assert finished(launch("shared")) == alone
-    names = [{p.name for p in (tmp_path / cache / "results").iterdir()} for cache in ("alone", "shared")]
+@pytest.fixture(scope="module")
+def alone(launch, tmp_path_factory):
+    """(result, folder of the cached results) of a run that nothing disturbs."""
+    cache = tmp_path_factory.mktemp("alone")
+    return launch(cache).result(timeout=300), cache / "results"
+
+
+def test_two_processes_that_compute_the_same_do_not_disturb_each_other(launch, alone, tmp_path):
+    (expected, kept), ready = alone, tmp_path / "ready"
+    ready.mkdir()
+    both = [launch(tmp_path / "shared", 0, ready / str(i), 2) for i in range(2)]
+    assert [process.result(timeout=300) for process in both] == [expected, expected]
+    assert launch(tmp_path / "shared").result(timeout=300) == expected
+    names = [{path.name for path in folder.iterdir()} for folder in (kept, tmp_path / "shared" / "results")]
     assert names[0] == names[1] and not any(name.startswith((".", "training")) for name in names[0])
 
 
-def test_on_a_full_disk_a_run_says_so_and_the_next_goes_on(launch, tmp_path):
+def test_on_a_full_disk_a_run_says_so_and_the_next_goes_on(launch, alone, tmp_path):
     """No file may grow beyond a limit: first the capture's, which is the largest, then those of the trainings."""
-    alone, kept = finished(launch("alone")), tmp_path / "alone" / "results"
+    expected, kept = alone
     results = tmp_path / "full" / "results"
     capture = max(kept.iterdir(), key=lambda path: path.stat().st_size)
     for limit in (capture.stat().st_size - 1, 2000):
-        process = launch("full", limit)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 1 and "Make room" in err
+        with pytest.raises(OSError, match="Make room"):
+            launch(tmp_path / "full", limit).result(timeout=300)
         assert all((kept / path.name).stat().st_size == path.stat().st_size for path in results.iterdir()), "none is a part"
         shutil.copy(capture, results)
-    assert finished(launch("full")) == alone
+    assert launch(tmp_path / "full").result(timeout=300) == expected

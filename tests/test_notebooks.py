@@ -7,8 +7,6 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -17,9 +15,11 @@ import papermill
 import pytest
 import yaml
 from conftest import BYTES, byte_tokenizer, save_locally
+from forked import launch_kernel
+from jupyter_client.provisioning import local_provisioner
 from tiny_models import build
 
-from mlpreplace.provenance import code_cells_hash
+from mlpreplace.reporting.record import code_cells_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -83,6 +83,12 @@ def check_figure(path: Path) -> dict:
     return figure
 
 
+@pytest.fixture
+def forked_kernels(monkeypatch):
+    """Kernels that need not import the package; those of the kill tests are started as anywhere."""
+    monkeypatch.setattr(local_provisioner, "launch_kernel", launch_kernel)
+
+
 @every_notebook
 def test_layout(path):
     notebook = nbformat.read(path, as_version=4)
@@ -126,19 +132,17 @@ def test_committed_figures_are_of_this_code(path):
 @pytest.mark.notebooks
 @pytest.mark.bundled
 @every_notebook
-def test_smoke(path, tmp_path):
+def test_smoke(path, tmp_path, capsys, forked_kernels):
     """make smoke, one notebook: the real model at its smallest size (a study: a tiny one), figures in a folder of their own."""
     committed = {p: p.read_bytes() for p in (ROOT / "figures").iterdir()}
-    copies, command = ROOT / "executed" / "smoke", [sys.executable, ROOT / "notebooks" / "run.py", "--profile", "smoke"]
+    copies, arguments = ROOT / "executed" / "smoke", ["--profile", "smoke", "--only", path.stem]
     if path in STUDIES:  # which take minutes on the real model, and 16 GB of memory
         model = build("llama", num_hidden_layers=6, vocab_size=BYTES, max_position_embeddings=CONTEXT)
-        command += ["-p", "MODEL", save_locally(model, tmp_path / "tiny-llama", byte_tokenizer())]
+        arguments += ["--studies", "-p", "MODEL", save_locally(model, tmp_path / "tiny-llama", byte_tokenizer())]
         copies /= "tiny-llama"
     for left in drawn_by(path, copies / "figures"):  # by an earlier version of the notebook
         left.unlink()
-    command += ["--only", path.stem, *(["--studies"] if path in STUDIES else [])]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr
+    assert run.main(arguments) == 0, capsys.readouterr().err
     assert all(c.execution_count for c in code_cells(copies / path.relative_to(FOLDER)))
     drawn = drawn_by(path, copies / "figures")
     assert {p.stem for p in drawn} == {p.stem for p in drawn_by(path, ROOT / "figures")}
@@ -158,7 +162,7 @@ def test_smoke(path, tmp_path):
         *(pytest.param(name, "01 02 03 04 05 06", marks=pytest.mark.slow) for name in ("gemma2", "gpt2")),
     ],
 )
-def test_any_model(name, only, tmp_path):
+def test_any_model(name, only, tmp_path, capsys, forked_kernels):
     """MODEL is all that changes: sizes follow the model, and what it is not made for is left out and named."""
     committed = {p: p.read_bytes() for p in (ROOT / "figures").rglob("*")}
     sizes, left_out, not_drawn = ANY_MODEL[name]
@@ -166,10 +170,8 @@ def test_any_model(name, only, tmp_path):
     folder = save_locally(model, tmp_path / f"tiny-{name}", byte_tokenizer())
     copies = ROOT / "executed" / "smoke" / f"tiny-{name}"
     shutil.rmtree(copies, ignore_errors=True)
-    command = [sys.executable, ROOT / "notebooks" / "run.py", "--profile", "smoke", "-p", "MODEL", folder]
-    command += ["--only", *only.split()]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--profile", "smoke", "-p", "MODEL", folder, "--only", *only.split()]
+    assert run.main(arguments) == 0, capsys.readouterr().err
     for path in (path for path in NOTEBOOKS if path.stem.startswith(tuple(only.split())) and path not in STUDIES):
         drawn = drawn_by(path, copies / "figures")
         assert {p.stem for p in drawn} == {p.stem for p in drawn_by(path, ROOT / "figures")} - not_drawn

@@ -18,7 +18,8 @@ from playwright.sync_api import Error, expect
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "notebooks").rglob("[0-9][0-9]_*.ipynb"))
-PAGES = ["index.html", "guide.html", "gallery.html", "explorer.html", *(str(p.with_suffix(".html")) for p in NOTEBOOKS)]
+TEXTS = ["index.html", "guide.html", "adding_a_method.html"]
+PAGES = [*TEXTS, "gallery.html", "explorer.html", *(str(p.with_suffix(".html")) for p in NOTEBOOKS)]
 FIGURES = sorted(p.stem for p in (ROOT / "figures").glob("*.json"))
 
 sys.path.insert(0, str(DOCS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers as t
 
-from mlpreplace import split
+from mlpreplace.models.inputs import in_batches
 
 t.logging.set_verbosity_error()
 
@@ -153,7 +153,7 @@ def batches_for(name: str, n: int = 6, batch_size: int = 3, seed: int = 0, label
         columns["input_ids"][:, 1 : 1 + PATCHES] = MODELS[name][1].image_token_id
     if not labels:
         del columns["labels"]
-    return split(columns, batch_size)
+    return in_batches(columns, batch_size)
 
 
 def outputs(model, name: str, **options) -> torch.Tensor:

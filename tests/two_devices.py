@@ -12,8 +12,10 @@ from fake_device import register
 from tiny_models import build, random_windows
 
 import mlpreplace as m
-from mlpreplace import memory, models
-from mlpreplace.blocks import find_blocks
+from mlpreplace.models import loading
+from mlpreplace.models.blocks import find_blocks
+from mlpreplace.runtime import memory
+from mlpreplace.statistics import moments
 
 FAKE = register()
 
@@ -79,7 +81,8 @@ def test_capture_and_every_closed_form_on_two_devices_are_those_of_one(llama, sp
 def test_sums_without_room_on_the_device_are_kept_on_the_cpu_and_fitted_on_the_device(spread, monkeypatch):
     windows = random_windows(4)
     _, expected = capture_quietly(spread, windows)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000 if device == FAKE else None)
+    for module in (memory, moments):
+        monkeypatch.setattr(module, "free_bytes", lambda device: 1000 if device == FAKE else None)
     blocks, found = capture_quietly(spread, windows)
     assert {s.hh.device.type for s in found.values()} == {"cpu"}
     for block in blocks:
@@ -101,7 +104,7 @@ def test_a_whole_compression_on_two_devices_is_that_of_one(llama, spread):
         plans = {"all": plan, "last": {blocks[2]: plan[blocks[2]]}, "dense": {}}
         found = m.compare(model, plans, unseen, progress=False)
         measured.append(torch.tensor([[*found[label].nll, *found[label].kl] for label in plans]))
-        healed, report = m.heal(model, plan, windows, unseen, m.Healing(steps=1), progress=False)
+        healed, report = m.heal(model, plan, windows, unseen, m.planning.Healing(steps=1), progress=False)
         assert {b: {p.device for p in healed[b].parameters()} for b in blocks} == {b: {b.device} for b in blocks}
         healings.append(torch.tensor(report.validation_curve))
         logits.append(m.splice(model, healed)(unseen).logits)
@@ -115,13 +118,13 @@ def test_prices_refit_streams_and_units_on_two_devices_are_those_of_one(llama, s
         blocks, stats = captured_whole(model, windows)
         candidates = {block: [m.fit(block, stats, m.NarrowMLP(24))] for block in blocks}
         plan = {block: fitted[0] for block, fitted in candidates.items()}
-        prices = m.second_order_damage(model, candidates, windows[:2], progress=False)
-        searched, history = m.search(model, plan, candidates, windows[:2], rounds=1, progress=False)
-        refitted = m.refit(model, plan, windows, progress=False)
-        units = m.capture_units(model, blocks, m.token_batches(windows), progress=False)
-        stream = m.capture_stream(model, windows, progress=False)
-        cka = m.cka_map(units, blocks, progress=False)
-        merged = m.merge_mlps(blocks[:2], units)
+        prices = m.planning.second_order_damage(model, candidates, windows[:2], progress=False)
+        searched, history = m.planning.search(model, plan, candidates, windows[:2], rounds=1, progress=False)
+        refitted = m.refit(model, plan, windows, progress=False).plan
+        units = m.statistics.capture_units(model, blocks, m.models.token_batches(windows), progress=False)
+        stream = m.statistics.capture_stream(model, windows, progress=False)
+        cka = m.statistics.cka_map(units, blocks, progress=False)
+        merged = m.methods.merge_mlps(blocks[:2], units)
         measured = m.compare(model, {"merged": merged, "refitted": refitted}, windows[:2], progress=False)
         rows = [torch.tensor(list(prices.values())), stream.distance, cka, torch.tensor([h["kl"] for h in history])]
         found.append([*rows, *(torch.from_numpy(r.nll) for r in measured.values())])
@@ -133,7 +136,9 @@ def test_methods_that_remove_layers_work_on_two_devices(spread, llama):
     methods = ["replaceme", "replaceme_cosine", "streamline_layer", "streamline_mlp", "subfit", "uidl_linear"]
     measured = []
     for model in (llama, spread):
-        known = m.calibrate(model, random_windows(6), [0.3], methods=methods, validation_windows=2, progress=False)
+        known = m.methods.registry.calibrate(
+            model, random_windows(6), [0.3], methods=methods, validation_windows=2, progress=False
+        )
         plans = {method: m.METHODS[method](model, known, 0.3) for method in methods}
         found = m.compare(model, plans, random_windows(2, seed=1), progress=False)
         measured.append([found[method].perplexity for method in methods])
@@ -153,7 +158,7 @@ def test_a_spliced_copy_of_a_spread_model_stands_alone(spread):
     same(spread(ids).logits, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("strategy", models.SPREAD)
+@pytest.mark.parametrize("strategy", loading.SPREAD)
 def test_a_way_to_spread_a_model_reaches_transformers_and_the_model_stays_there(strategy, llama, tmp_path, monkeypatch):
     folder, asked = save_locally(llama, tmp_path / "model"), []
 
@@ -165,18 +170,23 @@ def test_a_way_to_spread_a_model_reaches_transformers_and_the_model_stays_there(
         with pytest.raises(ValueError, match="no GPU"):
             m.load_model(folder, device=strategy)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     model, _ = m.load_model(folder, device=strategy)
     assert asked == [strategy]
     assert {p.device.type for p in model.parameters()} == {"fake", "cpu"}
-    assert m.resolve_device(strategy).type == "cuda"
+    assert m.models.resolve_device(strategy).type == "cuda"
 
 
 def test_batches_follow_the_free_memory_of_the_fullest_gpu(spread, monkeypatch):
     blocks = find_blocks(spread)
-    assert memory.windows_at_once(blocks, 16) == memory.WINDOWS
-    of_token = 4 * (10 * blocks[0].hidden_size + 2 * blocks[0].n_params // blocks[0].hidden_size)
+    devices, window_bytes = (
+        {block.device for block in blocks},
+        moments._window_bytes(blocks, {"input_ids": random_windows(1, 16)}),
+    )
+    assert devices == {FAKE, torch.device("cpu")}
+    assert window_bytes == 16 * 4 * (10 * blocks[0].hidden_size + 2 * blocks[0].n_params // blocks[0].hidden_size)
+    assert memory.windows_at_once(devices, window_bytes) == memory.WINDOWS
     for windows, expected in ((0, 1), (1, 1), (5, 5), (1000, memory.MOST_WINDOWS)):
-        room = {FAKE: 2 * windows * 16 * of_token, torch.device("cpu"): 10**12}
-        monkeypatch.setattr(memory, "free_bytes", room.__getitem__)
-        assert memory.windows_at_once(blocks, 16) == expected
+        free = {FAKE: 2 * windows * window_bytes, torch.device("cpu"): 10**12}
+        monkeypatch.setattr(memory, "free_bytes", free.__getitem__)
+        assert memory.windows_at_once(devices, window_bytes) == expected

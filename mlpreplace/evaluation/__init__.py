@@ -1,0 +1,7 @@
+"""Measurements of a model: perplexity and KL on held-out windows, tasks, speed, eight bits, where its parameters are."""
+
+from .int8 import quantized
+from .parameter_share import model_shares, parameter_shares
+from .perplexity import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
+from .speed import flops, ideal_speedup, latency, size_bytes, speed_rows
+from .tasks import BUNDLED_TASKS, TaskResult, accuracy_retained, evaluate_tasks, task_rows

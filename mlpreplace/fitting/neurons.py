@@ -1,0 +1,127 @@
+"""The choices of a closed-form fit, and which neurons of an MLP it keeps.
+
+Neurons are ranked by their own output, by ridge leverage, or by what their removal costs (OBS). H are the activations that enter
+the output projection, W its weights, [intermediate, hidden]. All rules read C = HᵀH only, centred where the block has an output
+bias that takes up the mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.blocks import Block
+from ..statistics.moments import BlockStatistics
+from .ridge import RIDGE, centred, factor, ridged
+
+BATCHES = 16  # of an OBS selection; on the blocks of a 135M-parameter Llama 8 are as good as one neuron at a time
+
+
+def hidden_moment(block: Block, s: BlockStatistics) -> Tensor:
+    """C = HᵀH, centred where the block has an output bias, [intermediate, intermediate]."""
+    return s.hh if block.weights().down_bias is None else centred(s.hh, s.sum_h, s.sum_h, s.tokens)
+
+
+def output_energy(block: Block, s: BlockStatistics) -> Tensor:
+    """‖h_j‖²·‖W_j‖² of each neuron, [intermediate]: the energy of what it alone adds to the output."""
+    return s.hh.diagonal() * block.weights().down.to(s.hh).square().sum(0)
+
+
+def _energy(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    return output_energy(block, s)
+
+
+def _leverage(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    """diag(C(C + λI)⁻¹), the ridge leverage (MoDeGPT, arXiv 2408.09632): how little the others explain a neuron."""
+    c = hidden_moment(block, s)
+    return torch.cholesky_solve(c, factor(block, ridged(block, c, how.ridge))).diagonal()
+
+
+def _obs(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    """The step at which a neuron is removed, ∞ for those that stay: optimal brain surgeon (OSSCAR, arXiv 2403.12983).
+
+    When neuron j is removed and the other rows of W are solved again, the squared output error grows by ‖W_j‖² / [C⁻¹]_jj. The
+    cheapest neurons go, in 16 batches; after each, C⁻¹ and W are exactly those of the neurons that are left. A batch is chosen
+    one neuron at a time among twice as many candidates, so that only one of two interchangeable neurons goes.
+    """
+    hidden = hidden_moment(block, s)
+    c = ridged(block, hidden, how.ridge)
+    # a neuron that never fires (or never changes, beside a bias) has no cost but the ridge's, and float32 moments round
+    dead = hidden.diagonal() <= 1e-6 * s.hh.diagonal()
+    removed = torch.where(dead, -1.0, torch.inf).to(c)
+    left = (~dead).nonzero().squeeze(1)
+    inverse = torch.cholesky_inverse(factor(block, c[left][:, left]))  # [left, left]
+    w = block.weights().down.to(c).T[left]  # [left, hidden]
+    size = max(1, -(-(len(left) - width) // BATCHES))
+    while len(left) > width:
+        costs = w.square().sum(1) / inverse.diagonal()
+        n = min(size, len(left) - width)
+        candidates = costs.topk(min(2 * n, len(left)), largest=False).indices
+        batch = candidates[_cheapest(inverse[candidates][:, candidates], w[candidates] @ w[candidates].T, n)]
+        removed[left[batch]] = len(c) - len(left)
+        stay = torch.ones(len(left), dtype=torch.bool, device=c.device)
+        stay[batch] = False
+        # block inverse: the Schur complement in C⁻¹ is the inverse of the principal submatrix of C
+        shift = torch.linalg.solve(inverse[batch][:, batch], torch.cat([inverse[batch][:, stay], w[batch]], 1))
+        coupling = inverse[stay][:, batch]  # [left, batch]
+        w = w[stay] - coupling @ shift[:, -w.shape[1] :]
+        inverse = inverse[stay][:, stay] - coupling @ shift[:, : -w.shape[1]]
+        left = left[stay]
+    return removed
+
+
+def _cheapest(inverse: Tensor, gram: Tensor, n: int) -> Tensor:
+    """Indices of ``n`` neurons removed one at a time, [n], from their part of C⁻¹ and of WWᵀ."""
+    inverse, gram, order = inverse.clone(), gram.clone(), []
+    gone = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    for _ in range(n):
+        j = int((gram.diagonal() / inverse.diagonal()).masked_fill(gone, torch.inf).argmin())
+        order.append(j)
+        gone[j] = True
+        step = inverse[:, j] / inverse[j, j]  # W ← W − step W_jᵀ
+        gram -= torch.outer(step, gram[j])
+        gram -= torch.outer(gram[:, j], step)
+        inverse -= torch.outer(step, inverse[j])
+    return torch.tensor(order, device=gram.device)
+
+
+def _random(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    return torch.rand(len(s.hh), generator=torch.Generator().manual_seed(how.seed)).to(s.hh.device)
+
+
+SELECTIONS = {"energy": _energy, "leverage": _leverage, "obs": _obs, "random": _random}
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The choices of a closed-form fit. Raises ValueError for an unknown selection and for a negative ridge.
+
+    ``selection`` is "energy" (largest ‖h_j‖‖W_j‖), "leverage" (the neurons that the others explain least), "obs" (the least
+    squares error after removing the rest, greedily) or "random" (a control).
+    """
+
+    ridge: float = RIDGE  # λ, relative to the mean of the Gram matrix's diagonal
+    selection: str = "energy"  # which neurons are kept
+    seed: int = 0  # of random features and of random selection
+
+    def __post_init__(self) -> None:
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"Unknown selection {self.selection!r}; expected one of {', '.join(SELECTIONS)}.")
+        if not self.ridge >= 0:
+            raise ValueError(f"Expected ridge ≥ 0, got {self.ridge}.")
+
+
+def importance(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    """A score of each neuron, [intermediate]; the ``width`` highest are kept.
+
+    Raises ValueError where the block has no neurons or the statistics no "hidden" moment.
+    """
+    s.require(block, "hidden")
+    return SELECTIONS[how.selection](block, s, width, how)
+
+
+def select(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    """Indices of the ``width`` neurons to keep, [width], ascending. Raises ValueError as :func:`importance` does."""
+    return importance(block, s, width, how).topk(width).indices.sort().values

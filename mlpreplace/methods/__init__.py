@@ -1,0 +1,14 @@
+"""Published methods by name, and ours: each makes a plan from the same calibration."""
+
+from .allocated import allocated
+from .calibration import Calibration
+from .layer_drop import drop
+from .merging import merge_mlps
+from .registry import METHODS, Method, Needs, calibrate, method, methods_table
+from .replaceme import replaceme
+from .shortgpt import shortgpt
+from .sliding import drop_layers, drop_mlps, layers_worth, neighbours, rivals, slide
+from .streamline import streamline
+from .subfit import subfit
+from .uidl import uidl
+from .uniform import uniform

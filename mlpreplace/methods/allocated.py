@@ -1,0 +1,28 @@
+"""Our allocation: widths and ranks for every block, chosen by a knapsack over priced candidates."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..planning.allocate import allocate
+from ..replacements.splice import Plan
+from .calibration import Calibration
+from .registry import Needs, method
+
+CANDIDATES = Needs(moments={"mlp": ["input", "hidden"], "attention": ["input"]})  # NarrowMLP and LowRank are fitted to these
+
+
+@method("allocated", title="joint allocation", removes="widths and ranks of MLPs, some attention", needs=CANDIDATES)
+def allocated(model: nn.Module, calibration: Calibration, sparsity: float) -> Plan:
+    """Of ``calibration.candidates``, for attention and MLP blocks alike, those of least damage: the exact knapsack.
+
+    With ``calibration.validation``, attention is tried at several prices and the plan of least KL measured there is returned.
+    Damages are ``calibration.damages``; by default of second order on the validation windows, or those of the fit reports.
+
+    Raises ValueError where there are no candidates, and what :func:`~mlpreplace.planning.allocate` raises.
+    """
+    if not calibration.candidates:
+        raise ValueError("There are no candidates to allocate: calibration.candidates = fit_all(blocks, stats, families).")
+    strategy = "milp" if calibration.validation is None else "joint"
+    choices = dict(candidates=calibration.candidates, damages=calibration.damages, windows=calibration.validation)
+    return allocate(model, calibration.blocks, sparsity, strategy, **choices)

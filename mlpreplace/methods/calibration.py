@@ -1,0 +1,55 @@
+"""What all methods of a comparison are given, and how many parameters a sparsity asks to remove."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..models.blocks import block_parameters, layer_parameters
+from ..planning.damage import Candidates, Damages
+from ..statistics.moments import Statistics
+from ..statistics.residual_stream import Span, SpanStatistics, StreamStatistics
+
+
+@dataclass
+class Calibration:
+    """Statistics of the calibration text, the same for all methods. A method raises ValueError for what it lacks."""
+
+    stream: StreamStatistics | None = None  # capture_stream
+    spans: dict[Span, SpanStatistics] = field(default_factory=dict)  # capture_spans, of the spans that methods chose
+    blocks: Statistics = field(default_factory=dict)  # capture, of MLP and attention blocks
+    candidates: Candidates = field(default_factory=dict)  # fitted replacements for the allocation to choose from
+    damages: Damages | None = None  # what each candidate costs, second_order_damage for instance
+    validation: Tensor | None = None  # token ids [windows, seq_len] to measure plans on, never held-out ones
+
+    def of_stream(self, model: nn.Module) -> StreamStatistics:
+        """Raises ValueError where the stream was not captured, or that of a model with another number of layers."""
+        if self.stream is None:
+            raise ValueError("The residual stream was not captured: Calibration(stream=capture_stream(model, windows)).")
+        if (captured := self.stream.layers) != (layers := len(layer_parameters(model))):
+            raise ValueError(f"The stream is of another model: it passes {captured} layers, {type(model).__name__} has {layers}.")
+        return self.stream
+
+    def of_span(self, span: Span) -> SpanStatistics:
+        """Raises ValueError where the span was not captured."""
+        if span not in self.spans:
+            raise ValueError(
+                f"Layers {span.start} to {span.stop - 1} were not captured as a span: calibrate(model, windows, sparsities) "
+                "captures what the methods choose at these sparsities, capture_spans any."
+            )
+        return self.spans[span]
+
+    def of_kinds(self, *kinds: str) -> Statistics:
+        """Statistics of blocks of ``kinds``; raises ValueError where a kind was not captured."""
+        for kind in kinds:
+            if not any(block.kind == kind for block in self.blocks):
+                raise ValueError(f"No {kind} block was captured: Calibration(blocks=capture(model, blocks, windows)).")
+        return {block: s for block, s in self.blocks.items() if block.kind in kinds}
+
+
+def target_parameters(model: nn.Module, sparsity: float) -> float:
+    """How many parameters ``sparsity`` asks to remove. Raises ValueError outside (0, 1)."""
+    if not 0 < sparsity < 1:
+        raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity}.")
+    return sparsity * block_parameters(model)

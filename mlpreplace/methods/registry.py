@@ -1,0 +1,145 @@
+"""Every method of the comparison by name, and the calibration that captures what the asked ones need.
+
+A method is a function (model, calibration, sparsity) → plan; the decorator :func:`method` puts it into :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..models.blocks import find_blocks
+from ..replacements.splice import Plan
+from ..statistics.moments import Statistics, capture
+from ..statistics.residual_stream import Span, StreamStatistics, capture_spans, capture_stream
+from .calibration import Calibration
+
+CHOICE_WINDOWS = 16  # or more, evenly spaced, choose layers and blocks: means of cosines settle within a few thousand tokens
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which statistics of the calibration text a method reads."""
+
+    stream: bool = False  # how the residual stream moves
+    spans: Callable[[nn.Module, StreamStatistics, float], Iterable[Span]] | None = None  # at a sparsity; given the stream
+    moments: Mapping[str, Collection[str]] = field(default_factory=dict)  # {kind of block, "mlp" or "attention": its moments}
+
+    def __str__(self) -> str:
+        """In a few words."""
+        words = ["residual stream"] if self.stream or self.spans else []
+        words += ["spans of layers"] if self.spans else []
+        words += [f"{' and '.join(moments)} moments of {kind} blocks" for kind, moments in self.moments.items()]
+        return ", ".join(words).replace("mlp", "MLP") or "nothing"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of :data:`METHODS`."""
+
+    name: str
+    title: str  # for people to read
+    removes: str  # in a few words
+    paper: str | None  # its arXiv id
+    needs: Needs
+    plan: Callable[[nn.Module, Calibration, float], Plan]
+
+    def __call__(self, model: nn.Module, calibration: Calibration, sparsity: float) -> Plan:
+        """A plan that removes ``sparsity`` of all attention and MLP parameters, or the nearest whole number of layers.
+
+        Raises ValueError for a sparsity that cannot be reached, and for statistics that are missing or of another model.
+        """
+        return self.plan(model, calibration, sparsity)
+
+
+METHODS: dict[str, Method] = {}  # filled by the files of this room, one a published method
+
+
+def method(
+    name: str, *, title: str, removes: str, paper: str | None = None, needs: Needs = Needs(), **options
+) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
+    """Put the decorated function into :data:`METHODS` and leave it as it is.
+
+    A name that is registered again is replaced, so that a notebook's cell can be run twice.
+
+    Args:
+        options: keywords that the function is called with: a variant is one more registration.
+    """
+
+    def register(function: Callable[..., Plan]) -> Callable[..., Plan]:
+        METHODS[name] = Method(name, title, removes, paper, needs, partial(function, **options))
+        return function
+
+    return register
+
+
+def methods_table() -> str:
+    """All methods as a table in Markdown."""
+    lines = ["| code name | method | paper | removes | needs |", "|---|---|---|---|---|"]
+    for m in METHODS.values():
+        paper = f"[arXiv](https://arxiv.org/abs/{m.paper})" if m.paper else "–"
+        lines.append(f"| `{m.name}` | {m.title} | {paper} | {m.removes} | {m.needs} |")
+    return "\n".join(lines)
+
+
+def calibrate(
+    model: nn.Module,
+    windows: Tensor,
+    sparsities: Iterable[float],
+    *,
+    methods: Iterable[str] | None = None,
+    blocks: Statistics | None = None,
+    mask: Tensor | None = None,
+    validation_windows: int = 4,
+    sample_windows: int | None = 8,
+    batch_size: int | None = None,
+    cached: bool = False,
+    progress: bool = True,
+) -> Calibration:
+    """What ``methods`` need to know of the calibration text to remove ``sparsities`` of the dense ``model``, and no more.
+
+    At most three passes. The first, over 16 to 31 evenly spaced windows, measures how the residual stream moves, which decides
+    the spans of layers. The second captures these spans, the third the blocks, both over all windows.
+
+    Args:
+        windows: token ids [windows, seq_len]; the last ``validation_windows`` of them enter no moment.
+        methods: names in :data:`METHODS`, by default all.
+        blocks: statistics of MLP and attention blocks that were captured already; the third pass is left out.
+        sample_windows: so many windows are kept as pairs for the spans' stand-ins to be trained on; None for all.
+        mask, batch_size, cached: as :func:`~mlpreplace.statistics.capture` takes them.
+
+    Raises:
+        ValueError: a method that is not known, a sparsity that a method cannot reach, and what ``capture`` raises.
+    """
+    methods, sparsities = list(METHODS if methods is None else methods), list(sparsities)
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ValueError(f"Unknown method {unknown[0]!r}; known are {', '.join(METHODS)}.")
+    needs = [METHODS[name].needs for name in methods]
+    options, stream = dict(batch_size=batch_size, cached=cached, progress=progress), None
+    if any(n.stream or n.spans for n in needs):
+        fitted = len(windows) - validation_windows
+        some = slice(0, max(fitted, 0), max(1, fitted // CHOICE_WINDOWS))
+        stream = capture_stream(model, windows[some], None if mask is None else mask[some], **options)
+    spans = {span for n in needs if n.spans for sparsity in sparsities for span in n.spans(model, stream, sparsity)}
+    options |= dict(mask=mask, validation_windows=validation_windows)
+    of_spans = capture_spans(model, spans, windows, sample_windows=sample_windows, **options)
+    if blocks is None:
+        blocks = _capture_blocks(model, needs, windows, sample_windows, **options)
+    return Calibration(stream, of_spans, blocks)
+
+
+def _capture_blocks(
+    model: nn.Module, needs: Collection[Needs], windows: Tensor, sample_windows: int | None, **options
+) -> Statistics:
+    """One pass for blocks of all kinds that are asked for, with the moments that any of them is asked for."""
+    blocks = [b for kind in ("mlp", "attention") if any(kind in n.moments for n in needs) for b in find_blocks(model, kind)]
+    if not blocks:
+        return {}
+    asked = {moment for n in needs for of_kind in n.moments.values() for moment in of_kind}
+    experts = any(block.holds_experts for block in blocks)  # what stands in for them is solved on inputs and sampled pairs
+    if experts:
+        asked.add("input")
+    return capture(model, blocks, windows, moments=sorted(asked), sample_windows=sample_windows if experts else 0, **options)

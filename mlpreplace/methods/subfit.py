@@ -1,0 +1,99 @@
+"""SubFit-style (arXiv 2606.02559): attention and MLP blocks removed wherever they are, each with a fitted residual bypass.
+
+Written after what the paper and descriptions of it say, without its code (github.com/eliacunegatti/SubFit, which was not read).
+They say: blocks are scored by how little they change the residual stream, in magnitude and rotation. The lowest go, in no order
+of depth, until the sparsity is met net of the bypasses, which add about a tenth of what is removed. Attention gets a low-rank
+map and an MLP one of higher rank, in closed form. What they leave open is chosen here:
+
+- magnitude and rotation become one score by their geometric mean;
+- the score is divided by the parameters saved, or nearly all attention would go before any MLP;
+- a bypass has a tenth of its block's parameters, so that an MLP's has the higher rank;
+- every MLP has an input basis of its own (a description has them share one);
+- the ridge is that of all fits;
+- scores and bypasses are of the dense model, not of one block after another;
+- where the last block would remove too much, smaller ones may go in its place: the sparsity is exceeded as little as possible.
+
+Descriptions that train the bypasses on next tokens go on from here: :func:`~mlpreplace.planning.heal` trains any plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..fitting.fit import fit, fit_all
+from ..models.blocks import Block
+from ..planning.damage import local_damage
+from ..replacements.families import LowRank
+from ..replacements.splice import Plan
+from ..statistics.residual_stream import StreamStatistics
+from .calibration import Calibration, target_parameters
+from .registry import Needs, method
+
+SCORES = ("magnitude", "rotation", "both", "bypass")
+BYPASS = 0.1  # parameters of a bypass, as a share of its block's
+NEEDS = Needs(stream=True, moments={"mlp": ["input"], "attention": ["input"]})
+
+
+def scores(stream: StreamStatistics, score: str = "both") -> dict[str, float]:
+    """{block name: how much it changes the residual stream}.
+
+    "magnitude" is ‖a‖/‖r‖ and "rotation" 1 − cos(r, r + a), means over tokens, a what the block adds to the stream r; "both" is
+    their geometric mean, which does not depend on the units of either.
+    """
+    if score in ("magnitude", "rotation"):
+        return dict(getattr(stream, score))
+    return {name: math.sqrt(m * max(0.0, stream.rotation[name])) for name, m in stream.magnitude.items()}
+
+
+def lowest_first(order: Mapping[Block, float], savings: Mapping[Block, int], target: float) -> list[Block]:
+    """Blocks of lowest score until ``target`` parameters are saved, of the ways to end that which saves least beyond it.
+
+    Where the next block would save too much, the end is the smallest that saves enough, or first more of those that do not.
+    """
+    chosen, ends, missing = [], [], target
+    left = sorted((block for block in order if savings[block] > 0), key=lambda block: order[block])
+    while left:
+        enough = [block for block in left if savings[block] >= missing]
+        if left[0] in enough or ends:
+            ends += [[*chosen, min(enough, key=lambda b: savings[b])]] if enough else []  # min: of equal ones the lowest score
+            left = [block for block in left if block not in enough]
+        if left:
+            chosen.append(left.pop(0))
+            missing -= savings[chosen[-1]]
+    if not ends:
+        raise ValueError(f"All submodules together save {target - missing:,.0f} parameters, {target:,.0f} are asked for.")
+    return min(ends, key=lambda end: sum(savings[block] for block in end))
+
+
+@method("subfit", title="SubFit-style", removes="attention and MLP blocks", paper="2606.02559", needs=NEEDS)
+def subfit(model: nn.Module, calibration: Calibration, sparsity: float, *, score: str = "both") -> Plan:
+    """Blocks of lowest score per parameter saved, replaced by low-rank bypasses until at least ``sparsity`` is removed.
+
+    Args:
+        score: "both", "magnitude" or "rotation" (see :func:`scores`), or "bypass": the bypass's squared error on validation
+            windows over the residual stream's energy, which needs no stream.
+
+    Raises:
+        ValueError: an unknown score, a sparsity that cannot be reached, statistics that are missing or of another model.
+    """
+    if score not in SCORES:
+        raise ValueError(f"Unknown score {score!r}; expected one of {', '.join(SCORES)}.")
+    target, stats = target_parameters(model, sparsity), calibration.of_kinds("attention", "mlp")
+    families = {block: LowRank.nearest(block, BYPASS * block.n_params) for block in stats}
+    savings = {block: block.n_params - family.n_params(block) for block, family in families.items()}
+    fitted: Plan = {}
+    if score == "bypass":
+        options = dict(samples=("validation",), progress=False)
+        fitted = {block: fit_all([block], stats, [family], **options)[block][0] for block, family in families.items()}
+        change = {block: damage for block, (damage,) in local_damage({b: [r] for b, r in fitted.items()}).items()}
+    else:
+        by_name = scores(calibration.of_stream(model), score)
+        if missing := [block.name for block in stats if block.name not in by_name]:
+            raise ValueError(f"The stream's statistics do not know {missing[0]}: they are of another model.")
+        change = {block: by_name[block.name] for block in stats}
+    order = {block: value / savings[block] if savings[block] > 0 else math.inf for block, value in change.items()}
+    chosen = lowest_first(order, savings, target)
+    return {block: fitted.get(block) or fit(block, stats, families[block]) for block in chosen}

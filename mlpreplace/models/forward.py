@@ -1,0 +1,218 @@
+"""Run a model whole, one layer at a time, or from a layer on, and see the inputs and outputs of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import layer_lists
+from .blocks import Block
+from .inputs import Batch, input_device, is_seq2seq
+
+State = Tensor | tuple  # what a module returns: hidden states, or a tuple that starts with them (attention, layers of Falcon)
+Beside = tuple[tuple, dict]  # positional and keyword arguments of a call other than the hidden states
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode; afterwards every submodule is in its former mode."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def run_layers(model: nn.Module, batch: Batch) -> None:
+    """Run a batch through all layers. The head runs in an encoder-decoder only, which makes decoder inputs of labels."""
+    forward, unread = (model, ()) if is_seq2seq(model) else (getattr(model, "base_model", model), ("labels",))
+    options = {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", None) is not None else {}
+    forward(**options, **{name: t for name, t in batch.items() if name not in unread})
+
+
+def hidden_states(output: State) -> Tensor:
+    """The hidden states of what a module returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden_states(output: State, hidden: Tensor) -> State:
+    """``output`` with other hidden states in it."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def token_rows(hidden: Tensor, keep: Tensor | None = None) -> Tensor:
+    """[..., width] → [tokens, width] in at least float32; only tokens where ``keep`` [...] is true, if given."""
+    rows = hidden.flatten(0, -2) if keep is None else hidden[keep.to(hidden.device)]
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+# Hooks
+
+
+@contextmanager
+def watching(
+    first: nn.Module,
+    last: nn.Module | None = None,
+    *,
+    enter: Callable[[Tensor, Beside], object] | None = None,
+    leave: Callable[[State], State | None] | None = None,
+    follow: Callable[[nn.Module], object] | None = None,
+    within: nn.Module | None = None,
+) -> Iterator[None]:
+    """While in the context, call back with the input of ``first`` and the output of ``last`` (the same module by default).
+
+    The tensors are the model's own. Copy what is kept, since a layer may write into them.
+
+    Args:
+        enter: called with the hidden states and the other arguments of ``first``.
+        leave: called with what ``last`` returns, which is replaced by what the callback returns, unless that is None.
+        follow: called with the module of ``within`` whose input is the very output of ``last``, if there is one: a norm between
+            the block and the residual stream (Gemma 2).
+        within: the layer around the modules, for ``follow``.
+    """
+    last = last or first
+    left: list[Tensor] = []  # the last output, until it is followed
+
+    def on_enter(module, args, kwargs) -> None:
+        x, rest = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+        enter(x, (rest, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    def on_leave(module, args, output):
+        replaced = leave(output) if leave is not None else None
+        if follow is not None:
+            left[:] = [hidden_states(output if replaced is None else replaced)]
+        return replaced
+
+    def on_follow(module, args) -> None:
+        if left and args and args[0] is left[0]:
+            follow(module)
+            left.clear()
+
+    with ExitStack() as hooks:
+        if enter is not None:
+            hooks.callback(first.register_forward_pre_hook(on_enter, with_kwargs=True).remove)
+        if leave is not None or follow is not None:
+            hooks.callback(last.register_forward_hook(on_leave).remove)
+        if follow is not None:
+            inside = {within, *first.modules(), *last.modules()}
+            for module in within.modules():
+                if module not in inside and not isinstance(module, nn.Dropout):  # the identity in eval mode
+                    hooks.callback(module.register_forward_pre_hook(on_follow).remove)
+        yield
+
+
+def place_of(model: nn.Module, block: Block) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The modules that are in a block's place now: the first, the last, and the layer around them.
+
+    Raises ValueError where the model has no such modules.
+    """
+    try:
+        first, last = (model.get_submodule(block.paths[i]) for i in (0, -1))
+        return first, last, model.get_submodule(f"{block.stack}.{block.layer}")
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no module {block.name}: the blocks are of another model.") from None
+
+
+# Running a part of the layers
+
+
+def copied_state(state: State, device: torch.device | str | None = None) -> State:
+    """A copy, on ``device`` if given. Layers may write into their input, so it is a copy also on the same device."""
+    hidden = hidden_states(state)
+    return with_hidden_states(state, hidden.to(device or hidden.device, copy=True))
+
+
+@contextmanager
+def handing_on(layers: Iterable[nn.Module], state: Callable[[], State]) -> Iterator[None]:
+    """Let ``layers`` return ``state()`` instead of computing."""
+    own = {layer: vars(layer).get("forward") for layer in layers}  # set on the instance by a device-placement library
+    for layer in own:
+        layer.forward = lambda *args, **kwargs: state()  # on the instance: attributes and hooks of the layer stay in use
+    try:
+        yield
+    finally:
+        for layer, forward in own.items():
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+@contextmanager
+def recording(layers: Sequence[nn.Module], depths: Iterable[int], states: MutableMapping[int, State]) -> Iterator[None]:
+    """Add to ``states`` a copy of what enters each layer of ``depths`` (1 and deeper), {layer: state}."""
+    with ExitStack() as hooks:
+        for depth in depths:
+
+            def keep(output: State, depth: int = depth) -> None:
+                states[depth] = copied_state(output)
+
+            hooks.enter_context(watching(layers[depth - 1], leave=keep))
+        yield
+
+
+@dataclass
+class Pass:
+    """One run of one layer on one batch, and of a block in it or of its replacement."""
+
+    state: State = ()  # what the layer returns
+    x: Tensor | None = None  # input of the block, in the shape that the layer gives it
+    y: Tensor | None = None  # output of the block
+    after: nn.Module | None = None  # the norm between y and the residual stream (Gemma 2)
+
+    @property
+    def stream(self) -> Tensor:
+        """The residual stream that leaves the layer, [batch, seq_len, hidden]."""
+        return hidden_states(self.state)
+
+    def with_stream(self, stream: Tensor) -> State:
+        """What the layer returns, with ``stream`` in place of its residual stream."""
+        return with_hidden_states(self.state, stream.reshape(self.stream.shape).to(self.stream))
+
+    def added(self, y: Tensor) -> Tensor:
+        """What a block with the output ``y`` adds to the residual stream, in the shape of ``y``."""
+        return y if self.after is None else self.after(y)
+
+
+class Walk:
+    """Batches of windows that go through a model one layer at a time. Between layers their hidden states are on the CPU.
+
+    A step calls the model itself, with all layers but one returning hidden states that are known. So a layer gets the masks,
+    positions and other inputs that the model makes. Embeddings and the last norm are computed again in each step.
+
+    Raises ValueError for an encoder-decoder, whose layers are two sequences.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]):
+        stacks = layer_lists(model)
+        if len(stacks) > 1:
+            raise ValueError(f"{type(model).__name__} has {len(stacks)} stacks of layers: expected a model with a single one.")
+        self.model, self.layers, self.batches = model, stacks[0][2], batches
+        self.device = input_device(model)
+        self.states: list[State | None] = [None] * len(batches)  # before layer 0 None: the model embeds the tokens
+
+    def step(self, layer: int, batch: int, block: Block | None = None) -> Pass:
+        """Run the next layer on one batch, with the model as it is now. The result shows ``block`` of the layer, if given."""
+        seen, state = Pass(), self.states[batch]
+        state = None if state is None else copied_state(state, self.device)
+        with ExitStack() as stack:
+            stack.enter_context(watching(self.layers[layer], leave=lambda output: setattr(seen, "state", output)))
+            stack.enter_context(handing_on(self.layers[:layer], lambda: state))
+            stack.enter_context(handing_on(self.layers[layer + 1 :], lambda: seen.state))
+            if block is not None:
+                first, last, host = place_of(self.model, block)
+                seeing = dict(
+                    enter=lambda x, beside: setattr(seen, "x", x.clone()),
+                    leave=lambda output: setattr(seen, "y", hidden_states(output).clone()),
+                    follow=lambda module: setattr(seen, "after", module),
+                )
+                stack.enter_context(watching(first, last, **seeing, within=host))
+            run_layers(self.model, {"input_ids": self.batches[batch].to(self.device)})
+        self.states[batch] = copied_state(seen.state, "cpu")
+        return seen

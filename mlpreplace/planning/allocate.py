@@ -1,0 +1,156 @@
+"""Which block gets which replacement under a parameter budget.
+
+A candidate saves parameters and does damage. If the damages of blocks add up, the best plan solves a multiple-choice knapsack: at
+most one candidate a block, least damage for a given number of parameters removed. If they do not, whole plans have to be
+measured: "joint" measures a few knapsacks, "search" goes on from one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from math import ceil
+
+from torch import Tensor, nn
+
+from ..evaluation.perplexity import compare
+from ..fitting.fit import fit
+from ..models.blocks import Block, block_parameters
+from ..replacements.families import Family, LowRank, NarrowMLP, TwoLayerMLP
+from ..replacements.splice import Plan
+from ..statistics.moments import Statistics
+from .candidates import fit_candidates
+from .damage import Candidates, Damages, local_damage, second_order_damage
+from .knapsack import greedy, knapsack
+from .search import search
+
+STRATEGIES = ("uniform", "heuristic", "greedy", "milp", "joint", "search")
+ATTENTION_PRICES = (1, 1.25, 1.5, 1.75, 2, 3)  # factors on the damage of attention blocks
+WIDTH_STEPS = 16  # of the candidates by default
+PROTECTED = 10  # the heuristic leaves one layer in so many dense at each end
+
+
+def _is_inner(model: nn.Module, block: Block) -> bool:
+    """Whether the block stands in none of the layers that the heuristic leaves dense."""
+    layers = len(model.get_submodule(block.stack))
+    ends = ceil(layers / PROTECTED)
+    return ends <= block.layer < layers - ends
+
+
+def _uniform(blocks: list[Block], stats: Statistics, target: float, family: type[Family]) -> Plan:
+    """The largest size that saves ``target``, the same in all replaced blocks.
+
+    NarrowMLP (of experts, TwoLayerMLP) replaces all ``blocks``. LowRank, which cannot be large, replaces as few evenly spaced
+    blocks as can save enough.
+    """
+    if family is NarrowMLP:
+        family = NarrowMLP if all(b.has_neurons for b in blocks) else TwoLayerMLP
+        chosen, most = blocks, min(map(family.most, blocks))
+    elif family is LowRank:
+        each = blocks[0].n_params - LowRank(1).n_params(blocks[0])
+        n = min(len(blocks), max(1, ceil(target / each)))
+        chosen = [blocks[(2 * i + 1) * len(blocks) // (2 * n)] for i in range(n)]  # the middles of n equal parts
+        most = LowRank.most(blocks[0])
+    else:
+        raise ValueError(f"A uniform plan takes NarrowMLP or LowRank, got {family.__name__}.")
+
+    def too_large(size: int) -> bool:
+        return sum(b.n_params - family(size).n_params(b) for b in chosen) < target
+
+    size = bisect_left(range(1, most + 1), True, key=too_large)  # as many sizes are not too large
+    if size == 0:
+        raise ValueError(f"Uniform {family.__name__} cannot save {target:,.0f} parameters in {len(blocks)} MLP blocks.")
+    return {b: fit(b, stats, family(size), samples=()) for b in chosen}
+
+
+def _joint(
+    model: nn.Module, candidates: Candidates, damages: Damages, savings: Mapping[Block, list[int]], target: float, windows: Tensor
+) -> dict[Block, int]:
+    """The choice of least measured KL among exact knapsacks in which damages of attention blocks are multiplied by a price.
+
+    Replaced attention blocks cost more together than the sum of their damages. Of a 135M-parameter Llama, KL in nats per token on
+    the windows that decide, at prices 1, 1.25, 1.5, 2: 0.588, 0.538, 0.563, 0.575 at 25 % sparsity (8, 3, 1, 0 attention blocks
+    replaced); 1.154, 1.132, 1.013, 1.066 at 37.5 %, and there 0.971 at price 1.75.
+    """
+    choices = {}
+    for price in ATTENTION_PRICES:
+        priced = {b: [price * d for d in of_block] if b.kind == "attention" else of_block for b, of_block in damages.items()}
+        choice = knapsack(savings, priced, target)
+        choices[frozenset(choice.items())] = choice
+    plans = {key: {block: candidates[block][i] for block, i in choice.items()} for key, choice in choices.items()}
+    measured = compare(model, plans, windows, progress=False) if len(plans) > 1 else {}
+    return choices[min(choices, key=lambda key: measured[key].mean_kl if measured else 0)]
+
+
+def allocate(
+    model: nn.Module,
+    stats: Statistics,
+    sparsity: float,
+    strategy: str = "greedy",
+    *,
+    family: type[Family] = NarrowMLP,
+    candidates: Candidates | None = None,
+    damages: Damages | None = None,
+    windows: Tensor | None = None,
+    rounds: int = 2,
+    progress: bool = True,
+) -> Plan:
+    """A fitted plan that removes at least ``sparsity`` of the parameters of all attention and MLP blocks.
+
+    Args:
+        stats: statistics of the blocks that may be replaced.
+        strategy:
+            - "uniform": every MLP block alike.
+            - "heuristic": the same, with a tenth of the layers, rounded up, left dense at each end.
+            - "greedy": least damage per parameter first.
+            - "milp": the exact knapsack.
+            - "joint": exact knapsacks with attention at several prices, the one of least measured KL.
+            - "search": from the exact knapsack on, see :func:`~mlpreplace.planning.search`.
+        family: what "uniform" and "heuristic" use, NarrowMLP or LowRank.
+        candidates: {block: fitted replacements} to choose from, blocks of any kind; by default NarrowMLP at 15 widths in MLP
+            blocks. :func:`~mlpreplace.planning.fit_candidates` makes more.
+        damages: what each of ``candidates`` costs. By default :func:`~mlpreplace.planning.second_order_damage` on ``windows``,
+            which predicts best; without windows :func:`~mlpreplace.planning.local_damage`, which is free.
+        windows: token ids [windows, seq_len], never held-out ones. "joint" and "search" need them to measure KL on.
+        rounds: of the search, at most.
+
+    Raises:
+        ValueError: unknown strategy, damages that are not one for each candidate, a sparsity outside (0, 1) or beyond what the
+            candidates can save, nothing to measure plans on, a uniform plan of another family or without a block.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"Unknown strategy {strategy!r}; expected one of {STRATEGIES}.")
+    if not 0 < sparsity < 1:
+        raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity}.")
+    target = sparsity * block_parameters(model)
+    if strategy in ("joint", "search") and windows is None:
+        raise ValueError(f"strategy={strategy!r} measures plans: pass windows=, validation windows for instance.")
+    if strategy in ("uniform", "heuristic"):
+        blocks = [b for b in stats if b.kind == "mlp" and (strategy == "uniform" or _is_inner(model, b))]
+        if not blocks:
+            inner = " outside a tenth of the layers, at least one, at each end" if strategy == "heuristic" else ""
+            raise ValueError(f"strategy={strategy!r} replaces MLP blocks{inner}: the statistics hold none.")
+        return _uniform(blocks, stats, target, family)
+    if candidates is None:
+        mlps = {b: s for b, s in stats.items() if b.kind == "mlp"}
+        candidates = fit_candidates(mlps, width_steps=WIDTH_STEPS, linear_sizes=(), progress=progress)
+    savings = {block: [block.n_params - r.n_params for r in fitted] for block, fitted in candidates.items()}
+    most = sum(max([0, *s]) for s in savings.values())
+    if most < target:
+        raise ValueError(
+            f"sparsity={sparsity} asks to remove {target:,.0f} parameters, the candidates can save {most:,}: offer smaller ones."
+        )
+    if damages is None and windows is None:
+        damages = local_damage(candidates)
+    elif damages is None:
+        damages = second_order_damage(model, candidates, windows, progress=progress)
+    elif {b: len(d) for b, d in damages.items()} != {b: len(f) for b, f in candidates.items()}:
+        raise ValueError(
+            "damages must hold one number for each of candidates, block by block: compute them of the same candidates."
+        )
+    if strategy == "joint":
+        choice = _joint(model, candidates, damages, savings, target, windows)
+    else:
+        choice = (greedy if strategy == "greedy" else knapsack)(savings, damages, target)
+    plan = {block: candidates[block][i] for block, i in choice.items()}
+    return search(model, plan, candidates, windows, rounds=rounds, progress=progress).plan if strategy == "search" else plan

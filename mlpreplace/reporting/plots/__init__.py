@@ -1,0 +1,18 @@
+"""Rows to figures, one file a notebook; a figure is saved as pdf and png together with the json of its rows and their record."""
+
+from .full_replacement import ablation, calibration_texts, kept_by_layer, pareto, quantization, speed, tasks
+from .looks import FAMILY_LOOKS, MERGING_LOOKS, METHOD_LOOKS
+from .merging import merging, similarity_maps, start_of_window
+from .parameter_share import parameter_share
+from .sensitivity import additivity, damage_prediction, sensitivity
+from .single_block import (
+    calibration_curves,
+    error_vs_parameters,
+    loss_curves,
+    objectives,
+    output_concentration,
+    selections,
+    training_gain,
+)
+from .style import save_figure, use_style
+from .subfit import redundancy, selection_map, speed_by_method, tasks_by_method

@@ -1,0 +1,90 @@
+"""Colours, markers and lines: the one table for all figures and for the site.
+
+Names that meet in a panel differ in colour, and also in marker or line, so that they differ in greyscale.
+"""
+
+from __future__ import annotations
+
+Look = dict[str, str]  # keywords of Axes.plot
+
+# Okabe and Ito's, which colour-blind readers can tell apart; then others for whatever needs one more.
+BLUE, SKY, GREEN, ORANGE, VERMILION, PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+FOREST, TEAL, INDIGO, VIOLET, PURPLE, WINE, BROWN = "#117733", "#44AA99", "#332288", "#7B6FD0", "#AA4499", "#882255", "#661100"
+BLACK, GREY = "#000000", "#999999"
+INK = "0.2"  # of the dense model
+
+
+def _look(color: str, marker: str, linestyle: str = "") -> Look:
+    return {"color": color, "marker": marker, "linestyle": linestyle}
+
+
+FAMILY_LOOKS = {
+    "Mean": _look(GREY, "X", ":"),
+    "Linear": _look(ORANGE, "D", ":"),
+    "LowRank": _look(VERMILION, "s", "--"),
+    "NarrowMLP": _look(BLUE, "o", "-"),
+    "NarrowPlusLinear": _look(SKY, "v", "-."),
+    "TwoLayerMLP": _look(PINK, "^", "--"),
+    "ConvMLP": _look(FOREST, "P", "-."),
+    "AttentionMLP": _look(WINE, ">", "--"),
+    "MixtureOfExperts": _look(VIOLET, "h", "-"),
+    "NestedMLP": _look(TEAL, "<", "-"),
+    "TransformerBlock": _look(BLACK, "*", ":"),
+    "Removed": _look(BROWN, "p", ":"),
+    "Tuned": _look(INDIGO, "d", "-"),
+    "Merged": _look(PURPLE, "H", "-"),
+}
+SELECTION_LOOKS = {
+    "energy": _look(BLUE, "o", "-"),
+    "leverage": _look(ORANGE, "D", "-."),
+    "obs": _look(FOREST, "P", "--"),
+    "random": _look(GREY, "X", ":"),
+}
+OBJECTIVE_LOOKS = {"mse": _look(BLUE, "o"), "cosine": _look(ORANGE, "D"), "both": _look(FOREST, "P")}
+KIND_LOOKS = {"attention": _look(VERMILION, "s", "--"), "MLP": _look(BLUE, "o", "-")}
+ALLOCATION_LOOKS = {  # notebook 04
+    "uniform": _look(SKY, "v", "--"),
+    "ends protected": _look(GREY, "X", ":"),
+    "greedy": _look(ORANGE, "D", "-."),
+    "nested": _look(GREEN, "P", "--"),
+    "knapsack": _look(PINK, "^", ":"),
+    "search": _look(BLUE, "o", "-"),
+    "search + healing": _look(VERMILION, "s", "-"),
+}
+METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.methods
+    "allocated": _look(BLUE, "o", "-"),
+    "allocated + refit": _look(VERMILION, "s", "-"),
+    "subfit": _look(PINK, "^", "--"),
+    "shortgpt": _look(GREY, "X", ":"),
+    "shortgpt_linear": _look(FOREST, "P", "-."),
+    "uidl": _look(BLACK, "*", ":"),
+    "uidl_linear": _look(WINE, ">", "-."),
+    "replaceme": _look(GREEN, "D", "-."),
+    "replaceme_cosine": _look(TEAL, "<", "-."),
+    "streamline_layer": _look(VIOLET, "h", "--"),
+    "streamline_mlp": _look(INDIGO, "d", "--"),
+}
+MERGING_LOOKS = {  # notebook 06
+    "merged": FAMILY_LOOKS["Merged"],
+    "unpermuted": _look(ORANGE, "D", "-."),
+    "dropped": FAMILY_LOOKS["Removed"],
+    "replaced": FAMILY_LOOKS["NarrowMLP"] | {"linestyle": "--"},
+}
+QUANTIZATION_LOOKS = {  # (quantized, replaced)
+    (False, False): _look(INK, "*"),
+    (True, False): _look(ORANGE, "s"),
+    (False, True): _look(BLUE, "o"),
+    (True, True): _look(WINE, "D"),
+}
+
+# By place, for names that are not known before:
+TEXT_LOOKS = (_look(BLUE, "o", "-"), _look(VERMILION, "s", "--"), _look(FOREST, "P", "-."))
+SERIES_LOOKS = (
+    _look(BLUE, "o", "-"),
+    _look(VERMILION, "s", "--"),
+    _look(GREEN, "D", "-."),
+    _look(PINK, "^", ":"),
+    _look(ORANGE, "v", "--"),
+    _look(SKY, "P", "-"),
+    _look(BLACK, "X", "-."),
+)

@@ -1,0 +1,172 @@
+"""What a number was made from: the record that stands beside every figure."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.blocks import NotApplicable, find_blocks
+from ..runtime.files import ROOT
+from ..runtime.fingerprint import fingerprint
+from ..texts.windows import Text, text_name
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "matplotlib", "papermill")
+NOTEBOOKS = ROOT / "notebooks"
+CODE = ("mlpreplace", "notebooks/profiles", "constraints.txt", "assets.txt")  # what makes numbers, beside the notebook
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _code_cells(notebook: str) -> list[str]:
+    """Sources of the code cells in a notebook's text, but for the one that papermill injects."""
+    cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
+    return ["".join(c["source"]) for c in cells if "injected-parameters" not in c["metadata"].get("tags", [])]
+
+
+def _without_imports(cell: str) -> str:
+    """The source of a cell without the import statements at its top level and without blank space at both ends."""
+    try:
+        statements = ast.parse(cell).body
+    except SyntaxError:  # a magic or shell command of IPython
+        return cell
+    lines = cell.encode().splitlines(keepends=True)  # the syntax tree counts columns in bytes
+    for node in reversed(statements):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            first, last = node.lineno - 1, node.end_lineno
+            rest = lines[first][: node.col_offset] + lines[last - 1][node.end_col_offset :]
+            lines[first:last] = [rest] if rest.strip(b"; \t\r\n") else []
+    return b"".join(lines).decode().strip()
+
+
+def code_cells_hash(notebook: str) -> str:
+    """sha256 of the code cells in a notebook's text; outputs and the cell that papermill injects do not count.
+
+    Import statements at the top level of a cell do not count either: a name that moves within the package, or that is imported
+    under another name, leaves the hash as it is. Comments and all other code count.
+    """
+    code = filter(None, map(_without_imports, _code_cells(notebook)))
+    return hashlib.sha256("\n\0".join(code).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # papermill is not part of a plain install
+        return None
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux kilobytes
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def git_state(notebook: str | None = None) -> dict:
+    """The commit, and whether it is dirty: the package, pins, profiles or this notebook's code cells differ from it.
+
+    Figures and the outputs of cells may differ. The import statements of the notebook may not.
+    """
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "dirty": None}
+    dirty = bool(_git("status", "--porcelain", "--", *CODE))
+    if notebook:
+        committed = _git("show", f"HEAD:notebooks/{notebook}.ipynb")
+        current = (NOTEBOOKS / f"{notebook}.ipynb").read_text()
+        dirty = dirty or committed is None or _code_cells(committed) != _code_cells(current)
+    return {"commit": commit.strip(), "dirty": dirty}
+
+
+class Run:
+    """The record of one notebook run, started in its first cell.
+
+    Args:
+        notebook: its name without suffix, "02_single_block".
+        parameters: the values the run was started with (profile, seed, sizes).
+    """
+
+    def __init__(self, notebook: str, parameters: Mapping[str, object]):
+        path = NOTEBOOKS / f"{notebook}.ipynb"
+        if not path.exists():
+            raise FileNotFoundError(f"No notebook {notebook!r} in {NOTEBOOKS.name}/.")
+        self.notebook, self.parameters, self.start = notebook, dict(parameters), time.time()
+        self.facts: dict[str, object] = {"left_out": {}}
+        self.code = code_cells_hash(path.read_text())
+        self.git = git_state(notebook)
+
+    def uses(self, model=None, **windows: tuple[Text, Tensor]) -> None:
+        """Note the model and the token windows, as name=(text or mixture, windows).
+
+        Where the MLPs of a model have no neurons of their own, also note which family takes the place of those that keep some.
+        """
+        if model is not None:
+            if experts := [block for block in find_blocks(model) if block.holds_experts]:
+                why = f"{len(experts)} of its MLP blocks hold experts: a TwoLayerMLP of the size asked for, solved on the sampled"
+                why += " windows, stands in for either there"
+                self._leave_out("NarrowMLP and NarrowPlusLinear", why)
+            parameter = next(model.parameters())
+            self.facts["model"] = model.source.as_dict()
+            self.facts["device"] = ", ".join(dict.fromkeys(str(p.device) for p in model.parameters()))
+            self.facts["dtype"] = str(parameter.dtype).removeprefix("torch.")
+        texts = self.facts.setdefault("texts", {})
+        for name, (text, ids) in windows.items():
+            texts[name] = {
+                "text": text_name(text),
+                "windows": ids.shape[0],
+                "sequence_length": ids.shape[1],
+                "tokens": ids.numel(),
+                "hash": fingerprint(ids),
+            }
+
+    @contextmanager
+    def where_applicable(self, what: str) -> Iterator[None]:
+        """Where a model does not allow ``what``, leave it out and say so: in print and in every figure from then on."""
+        try:
+            yield
+        except NotApplicable as error:
+            self._leave_out(what, str(error))
+
+    def _leave_out(self, what: str, why: str) -> None:
+        self.facts["left_out"][what] = why
+        print(f"Left out: {what}. {why}")
+
+    def record(self) -> dict:
+        """Everything needed to make the numbers again, as JSON."""
+        return {
+            "notebook": self.notebook,
+            "code_cells_sha256": self.code,
+            "git": self.git,
+            "parameters": self.parameters,
+            **self.facts,
+            "packages": {name: _version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            "wall_seconds": round(time.time() - self.start, 1),
+            "peak_memory_mb": round(peak_memory_mb()),
+        }

