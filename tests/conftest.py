@@ -24,7 +24,7 @@ from mlpreplace.texts import assets
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Tests of minutes come first, so that no worker is left with one of them at the end; the order stays otherwise."""
+    """The longest tests come first, so that no worker is left with one of them at the end; the order stays otherwise."""
     items.sort(key=lambda item: "notebooks" not in item.keywords)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -115,6 +116,11 @@ def model_shares(model: PreTrainedModel, name: str, context: int = 2048) -> dict
     }
 
 
+@cache  # a second; a table for another context needs the same models
+def _published_models() -> dict[str, PreTrainedModel]:
+    return {published.name: published.build() for published in published_configs()}
+
+
 def parameter_shares(context: int = 2048) -> pd.DataFrame:
     """Parameters and FLOPs by part of every published configuration, one row a model. No weights are loaded.
 
@@ -136,4 +142,4 @@ def parameter_shares(context: int = 2048) -> pd.DataFrame:
         A token is a word piece; in a vision transformer, a patch of the image. In an encoder-decoder it stands for one token
         of the source and one of the target, each in its own stack, with ``context`` tokens on either side.
     """
-    return pd.DataFrame([model_shares(published.build(), published.name, context) for published in published_configs()])
+    return pd.DataFrame([model_shares(model, name, context) for name, model in _published_models().items()])

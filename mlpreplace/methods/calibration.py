@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from ..models.blocks import block_parameters, layer_parameters
-from ..planning.damage import Candidates, Damages
+from ..planning.damage import Candidates
+from ..planning.knapsack import Damages
 from ..statistics.moments import Statistics
 from ..statistics.residual_stream import Span, SpanStatistics, StreamStatistics
 

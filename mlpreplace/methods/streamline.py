@@ -28,17 +28,14 @@ from .calibration import Calibration, target_parameters
 from .layer_drop import nearest_ends, nearest_runs
 from .registry import Needs, method
 
-ABOUT = dict(removes="a span of layers", paper="2403.19135")
 STAND_INS = ("layer", "mlp")
 TRAINING = Training(epochs=8, learning_rate=3e-4)
 LEAST = 0.1  # of a layer's parameters: a smaller MLP is not worth its place
 
 
 def streamline_spans(model: nn.Module, stream: StreamStatistics, sparsity: float, *, stand_in: str = "layer") -> list[Span]:
-    """The one span that the stand-in takes the place of.
-
-    "layer": one layer more than comes nearest to ``sparsity``, since one is put back. "mlp": as few as remove a tenth of a
-    layer more than ``sparsity``; the MLP has what may be put back.
+    """The one span to replace. "layer": one layer more than comes nearest to ``sparsity``, for one is put back. "mlp": as few as
+    remove a tenth of a layer more than ``sparsity``; the MLP has what may be put back.
     """
     if stand_in not in STAND_INS:
         raise ValueError(f"Unknown stand-in {stand_in!r}; expected one of {', '.join(STAND_INS)}.")
@@ -77,9 +74,7 @@ def _cast(value, dtype: torch.dtype):
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def trained_layer(
-    model: nn.Module, layer: int, s: BlockStatistics, training: Training = TRAINING, *, progress: bool = True
-) -> Plan:
+def trained_layer(model: nn.Module, layer: int, s: BlockStatistics, training: Training = TRAINING, *, progress=True) -> Plan:
     """The plan that gives ``layer`` weights of its own: from those it has, trained to add to the stream what ``s`` says.
 
     Raises ValueError without sampled windows, and for windows that are padded on the left.
@@ -100,6 +95,7 @@ def trained_layer(
     return plan
 
 
+ABOUT = dict(removes="a span of layers", paper="2403.19135")
 WITH_MLP = Needs(spans=partial(streamline_spans, stand_in="mlp"))
 
 

@@ -20,8 +20,8 @@ from ..replacements.families import Family, LowRank, NarrowMLP, TwoLayerMLP
 from ..replacements.splice import Plan
 from ..statistics.moments import Statistics
 from .candidates import fit_candidates
-from .damage import Candidates, Damages, local_damage, second_order_damage
-from .knapsack import greedy, knapsack
+from .damage import Candidates, local_damage, second_order_damage
+from .knapsack import Damages, greedy, knapsack
 from .search import search
 
 STRATEGIES = ("uniform", "heuristic", "greedy", "milp", "joint", "search")

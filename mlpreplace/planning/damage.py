@@ -12,9 +12,9 @@ from ..models.blocks import Block
 from ..replacements.families import Replacement
 from ..runtime.cache import cached
 from ..statistics.gradients import probe
+from .knapsack import Damages
 
 Candidates = Mapping[Block, Sequence[Replacement]]
-Damages = dict[Block, list[float]]
 
 
 def local_damage(candidates: Candidates) -> Damages:

@@ -104,7 +104,7 @@ def test_lm_eval_agrees_with_direct_log_likelihoods_on_piqa(bundled, monkeypatch
     model, tokenizer = bundled
     seen, record = [], run._samples
     monkeypatch.setattr(run, "_samples", lambda *args: seen.extend(record(*args)) or seen)
-    result = evaluated(model, tokenizer, label="dense", limit=24)
+    result = evaluated(model, tokenizer, label="dense", limit=12)
     correct, expected = direct(model, tokenizer, [sample["doc"] for sample in seen])
     for sample, likelihoods in zip(seen, expected, strict=True):
         assert [ll for ll, _ in sample["filtered_resps"]] == pytest.approx(likelihoods, abs=1e-3)

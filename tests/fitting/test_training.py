@@ -4,13 +4,12 @@ import importlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from conftest import capture_quietly, sample_of
+from forked import SERVER
 from tiny_models import build, random_windows
 
 from mlpreplace import ConvMLP, LowRank, NarrowMLP, Training, TwoLayerMLP, fit
@@ -233,39 +232,38 @@ def test_an_interrupted_training_goes_on_where_it_was(checks, pairs, results, mo
         assert getattr(whole.report.training, name) == getattr(resumed.report.training, name)
 
 
-KILLED = """
-import sys, json, torch
-sys.path.insert(0, "tests")
-from conftest import capture_quietly
-from tiny_models import build, random_windows
-from mlpreplace import NarrowMLP, Training, fit
-torch.set_num_threads(1)
-blocks, stats = capture_quietly(build("llama"), random_windows(40), sample_windows=None, validation_windows=8)
-how = Training(epochs=int(sys.argv[1]), batch_tokens=16, check_tokens=64, patience=10**6)
-small = fit(blocks[1], stats, NarrowMLP(16), training=how, cached=True)
-print(json.dumps([small.report.training.validation_curve, small.body.down.weight.tolist()]))
-"""
+def trained(cache, path) -> None:
+    """One training, cached in ``cache``; its curve and weights are written to ``path``."""
+    os.environ["MLPREPLACE_CACHE"] = str(cache)
+    torch.set_num_threads(1)
+    blocks, stats = capture_quietly(build("llama"), random_windows(40), **PAIRS)
+    how = Training(epochs=60, batch_tokens=16, check_tokens=64, patience=10**6)
+    small = fit(blocks[1], stats, NarrowMLP(16), training=how, cached=True)
+    path.write_text(json.dumps([small.report.training.validation_curve, small.body.down.weight.tolist()]))
 
 
 def test_a_training_that_was_killed_ends_the_same(results, tmp_path):
     """SIGKILL, twice, in the middle; then the run that is left alone."""
-    command = [sys.executable, "-c", KILLED, "100"]
 
-    def start(cache):
-        environment = os.environ | {"MLPREPLACE_CACHE": str(cache)}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    def start(cache, name):
+        process = SERVER.Process(target=trained, args=(cache, tmp_path / name))
+        process.start()
+        return process
 
-    undisturbed = start(tmp_path / "other")
+    undisturbed = start(tmp_path / "other", "undisturbed")
     for _ in range(2):
-        process, before = start(results.parent), checkpoint_time(results)
-        while process.poll() is None and checkpoint_time(results) == before:
+        process, before = start(results.parent, "killed"), checkpoint_time(results)
+        while process.is_alive() and checkpoint_time(results) == before:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was to be killed in the middle"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was to be killed in the middle"
         assert checkpoint_time(results)
-    survivor = start(results.parent)
-    first, second = (json.loads(p.communicate(timeout=120)[0]) for p in (undisturbed, survivor))
-    assert first == second
+    survivor = start(results.parent, "survivor")
+    for process in (undisturbed, survivor):
+        process.join(timeout=120)
+    assert (tmp_path / "undisturbed").read_text() == (tmp_path / "survivor").read_text()
+    assert not (tmp_path / "killed").exists()
 
 
 def checkpoint_time(results) -> int:
@@ -285,16 +283,3 @@ def test_side_by_side_changes_nothing(pairs):
         assert [r.family for r in one[block]] == families
         assert all(r.block_name == block.name for r in one[block])
         assert all(same(a, b) for a, b in zip(one[block], two[block], strict=True))
-
-
-def test_joblib_may_place_the_fits_in_other_processes(pairs):
-    from joblib import parallel_config
-
-    blocks, stats = pairs
-    options = {"training": Training(**FAST), "progress": False}
-    here = fit_all(blocks[:2], stats, [NarrowMLP(16)], n_jobs=1, **options)
-    with parallel_config("loky"):
-        there = fit_all(blocks[:2], stats, [NarrowMLP(16)], n_jobs=2, **options)
-    for block in blocks[:2]:
-        assert same(here[block][0], there[block][0])
-        assert here[block][0].report.validation == there[block][0].report.validation

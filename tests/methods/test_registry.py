@@ -29,7 +29,7 @@ READ = {  # moments of blocks
 }
 FUSED = {"replaceme", "replaceme_cosine"}
 REFUSED = dict.fromkeys([*MIXTURES, "gemma2", "gemma3_text"], FUSED)  # nothing to fuse a map into
-GENERATE = dict(max_new_tokens=32, do_sample=False, pad_token_id=0, eos_token_id=None)
+GENERATE = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def prepared():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation_does_not_depend_on_the_cache(name, method, prepared):
-    """32 tokens, greedily, in a batch that is padded on the left, at a quarter less parameters."""
+    """16 tokens, greedily, in a batch that is padded on the left, at a quarter less parameters."""
     if method in REFUSED.get(name, ()):
         pytest.skip("refused, see the method's own tests")
     model, calibration = prepared(name)

@@ -1,10 +1,9 @@
 """A file or a folder is whole or not there."""
 
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import pytest
+from forked import SERVER
 
 from mlpreplace.runtime.files import whole_folder, write_atomically
 
@@ -33,11 +32,16 @@ def test_a_write_replaces_the_old_file(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+def killed_while_writing(path) -> None:
+    write_atomically(path, lambda scratch: scratch.touch() or os._exit(9))
+
+
 def test_what_a_killed_process_was_writing_is_not_taken_for_a_file(tmp_path):
     """By its ending: figures are found by theirs."""
-    killed = "import os; from pathlib import Path; from mlpreplace.runtime.files import write_atomically\n"
-    killed += f"write_atomically(Path({str(tmp_path / 'rows.json')!r}), lambda path: path.touch() or os._exit(9))"
-    assert subprocess.run([sys.executable, "-c", killed], cwd=Path(__file__).resolve().parents[2]).returncode == 9
+    process = SERVER.Process(target=killed_while_writing, args=(tmp_path / "rows.json",))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == 9
     assert list(tmp_path.rglob("rows.json")) and not list(tmp_path.glob("*.json"))
 
 

@@ -18,7 +18,7 @@ from mlpreplace.fitting.fit import fit_all
 from mlpreplace.models.architectures import ARCHITECTURES, known_here
 from mlpreplace.runtime.parallel import elsewhere, spread
 
-SLOW = Training(epochs=60, batch_tokens=16, check_tokens=64, patience=10**6)  # seconds, with a checkpoint every few milliseconds
+SLOW = Training(epochs=20, batch_tokens=16, check_tokens=64, patience=10**6)  # seconds, with a checkpoint every few milliseconds
 
 CHECKPOINTS = "fit-checkpoint-*.safetensors"
 
@@ -102,19 +102,24 @@ def test_two_workers_have_part_in_it(cluster):
     assert len(cluster.run(os.getpid)) == 2
 
 
-def test_fits_of_a_cluster_are_those_of_this_process(cluster, pairs):
+@pytest.fixture(params=["dask", "loky"])
+def backend(request):
+    """A place for jobs that is not this process."""
+    if request.param == "dask":
+        request.getfixturevalue("cluster")
+    return request.param
+
+
+def test_fits_elsewhere_are_those_of_this_process(backend, pairs):
     _, blocks, stats = pairs
     families, options = [NarrowMLP(16), LowRank(4), ConvMLP(8)], dict(training=Training(epochs=2), progress=False)
     here = fit_all(blocks, stats, families, **options)
-    with parallel_config("dask"):
+    with parallel_config(backend, n_jobs=2):
         there = fit_all(blocks, stats, families, **options)
     assert same(here, there)
 
 
-@pytest.mark.parametrize("backend", ["dask", "loky"])
-def test_sweeps_elsewhere_are_those_of_this_process(backend, request, pairs):
-    if backend == "dask":
-        request.getfixturevalue("cluster")
+def test_sweeps_elsewhere_are_those_of_this_process(backend, pairs):
     model, blocks, stats = pairs
     plans = {(b.name, f): {b: fit(b, stats, f)} for b in blocks for f in (NarrowMLP(16), ConvMLP(8))} | {"dense": {}}
     held = random_windows(7, seed=5)
