@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 
 from mlpreplace import capture, find_blocks, load_model
 from mlpreplace.models.architectures import ARCHITECTURES
-from mlpreplace.runtime import cache
+from mlpreplace.runtime import cache, cache_dir
 from mlpreplace.statistics.moments import MOMENTS, BlockStatistics, Sample
 from mlpreplace.texts import assets
 
@@ -190,9 +190,12 @@ def captured(llama, windows):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """An empty cache of this test's own; returns the folder of its results."""
-    monkeypatch.setenv("MLPREPLACE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "results"
+    """An empty cache of this test's own, beside the assets that are there; returns the folder of its results."""
+    own = tmp_path / "cache"
+    own.mkdir()
+    (own / "assets").symlink_to(cache_dir().resolve() / "assets")
+    monkeypatch.setenv("MLPREPLACE_CACHE", str(own))
+    return own / "results"
 
 
 @pytest.fixture

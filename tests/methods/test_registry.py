@@ -179,11 +179,11 @@ def test_methods_that_remove_layers_run_no_pass_for_blocks(name, monkeypatch):
 
 
 def test_one_pass_serves_methods_that_need_different_moments(prepared, monkeypatch):
+    model, of_all = prepared("llama")
     calls = []
     monkeypatch.setattr(
         "mlpreplace.methods.registry.capture", lambda *args, **options: calls.append(1) or capture(*args, **options)
     )
-    model, of_all = prepared("llama")
     both = calibrated(model, (0.25,), ["uniform", "subfit"])
     assert calls == [1] and held(both) == held(of_all) == {"mlp": {"input", "hidden"}, "attention": {"input"}}
 
