@@ -1,8 +1,8 @@
 """Results that cost minutes are kept on disk, in safetensors files named by everything the result depends on.
 
 A key covers the arguments (weights and tokens by content), the code that computes (a function's module and what it imports
-from the package) and the versions of the libraries. So an entry that is found is the result. Files appear whole or not at
-all, and the folder may be deleted at any time.
+from the package), the versions of the libraries and settings of PyTorch. So an entry that is found is the result. Files appear
+whole or not at all, with a checksum, and the folder may be deleted at any time.
 
 Why not joblib.Memory: it hashes the source of one function, so a change in a module which that function calls goes unnoticed.
 And it pickles; here tensors are safetensors and everything else is json in their metadata.
@@ -15,22 +15,28 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import xxhash
+from safetensors.torch import load as tensors_in
+from safetensors.torch import save as file_of
+from torch import Tensor, nn
 
 from .files import cache_dir, write_atomically
 from .fingerprint import PACKAGE, code_hash, fingerprint
+from .turns import turn
 
 NOT_IN_KEY = ("progress", "checkpoint")  # parameters that change no result
+CHECKSUM = b'"checksum":"'  # in the header of a file, before the hash of the file with UNSET in its place
+UNSET = b"0" * 32
 
 
 class Entry:
@@ -44,15 +50,19 @@ class Entry:
     def __init__(self, name: str, module_path: str, *key):
         """``module_path`` is where the result is computed, "statistics/moments"; ValueError where there is no such module."""
         versions = [library.__version__ for library in (np, scipy, torch, transformers)]
-        self.path = cache_dir() / "results" / f"{name}-{fingerprint(code_hash(module_path), versions, *key)}.safetensors"
+        hashed = fingerprint(code_hash(module_path), versions, _settings(), *key)
+        self.path = cache_dir() / "results" / f"{name}-{hashed}.safetensors"
 
     def load(self, known: Sequence = ()) -> object:
         """The stored result, or None where there is none that is whole. ``known`` as it was given to :meth:`save`."""
         try:
-            with safe_open(self.path, "pt") as file:
-                return _decode(json.loads(file.metadata()["record"]), file.get_tensor, known)
-        except (FileNotFoundError, SafetensorError):
+            content = self.path.read_bytes()  # at once: another process may replace the file meanwhile
+        except FileNotFoundError:
             return None
+        if not _is_whole(content):
+            return None
+        header, tensors = _header(content), tensors_in(content)
+        return _decode(json.loads(json.loads(header)["__metadata__"]["record"]), tensors.__getitem__, known)
 
     def save(self, result: object, known: Sequence = ()) -> None:
         """Store ``result``.
@@ -63,13 +73,56 @@ class Entry:
         """
         tensors: dict[str, Tensor] = {}
         record = json.dumps(_encode(result, tensors, {item: i for i, item in enumerate(known)}), allow_nan=False)
+        content = file_of(_unshared(tensors), {"record": record, "checksum": UNSET.decode()})
         try:
-            write_atomically(self.path, lambda path: save_file(_unshared(tensors), path, {"record": record}))
-        except (OSError, SafetensorError) as error:
+            write_atomically(self.path, lambda path: _write(path, content))
+        except OSError as error:
             raise OSError(
                 f"A result could not be kept in {self.path.parent} ({error}). Make room (make clean empties it) or name another "
                 "folder by MLPREPLACE_CACHE, and run again: what is there already is taken from there."
             ) from error
+
+
+def _settings() -> list:
+    """Settings of PyTorch that change results."""
+    kinds = ("cpu", "cuda")
+    autocast = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds]
+    return [torch.get_default_dtype(), torch.get_float32_matmul_precision(), *autocast]
+
+
+def _header(content: bytes) -> bytes:
+    """The json at the start of a safetensors file, after its length."""
+    return content[8 : 8 + int.from_bytes(content[:8], "little")]
+
+
+def _checksum_at(content: bytes) -> int:
+    """Where the checksum starts. Raises ValueError where there is none."""
+    return 8 + _header(content).index(CHECKSUM) + len(CHECKSUM)
+
+
+def _hash_of(content: bytes, at: int) -> bytes:
+    """Of a file, as if its checksum, which starts ``at``, were not set."""
+    digest, view = xxhash.xxh3_128(), memoryview(content)
+    for part in (view[:at], UNSET, view[at + len(UNSET) :]):
+        digest.update(part)
+    return digest.hexdigest().encode()
+
+
+def _is_whole(content: bytes) -> bool:
+    """Whether a file is, byte for byte, what was written."""
+    try:
+        at = _checksum_at(content)
+    except ValueError:
+        return False
+    return _hash_of(content, at) == content[at : at + len(UNSET)]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write ``content`` with its checksum."""
+    at, view = _checksum_at(content), memoryview(content)
+    with path.open("wb") as file:
+        for part in (view[:at], _hash_of(content, at), view[at + len(UNSET) :]):
+            file.write(part)
 
 
 def cached(name: str, *, key: Callable | None = None, fills: str | None = None) -> Callable[[Callable], Callable]:
@@ -103,22 +156,25 @@ def cached(name: str, *, key: Callable | None = None, fills: str | None = None) 
             for parameter, value in arguments.items():
                 if isinstance(value, Iterator):  # the key would use it up
                     arguments[parameter] = list(value)
-            in_key = {p: value for p, value in arguments.items() if p not in NOT_IN_KEY}
-            content = key(**in_key) if key else in_key
-            hashed, known = _hash(function.__name__, content), list(_references(content))
-            entry = Entry(name, module_path, hashed)
-            if (stored := entry.load(known)) is not None:
-                if fills:
-                    arguments[fills].load_state_dict(stored["weights"])
-                return stored["result"]
-            checkpoint = Entry(f"{name}-checkpoint", module_path, hashed)
-            if "checkpoint" in signature.parameters:
-                arguments["checkpoint"] = checkpoint
-            result = function(*call.args, **call.kwargs)
-            weights = dict(arguments[fills].state_dict()) if fills else None
-            entry.save({"result": result, "weights": weights}, known)
-            checkpoint.path.unlink(missing_ok=True)
-            return result
+            with ExitStack() as turns:
+                for model in (value for value in arguments.values() if isinstance(value, nn.Module)):
+                    turns.enter_context(turn(model))  # the key is that of the model that runs
+                in_key = {p: value for p, value in arguments.items() if p not in NOT_IN_KEY}
+                content = key(**in_key) if key else in_key
+                hashed, known = key_of(function.__name__, content), list(_references(content))
+                entry = Entry(name, module_path, hashed)
+                if (stored := entry.load(known)) is not None:
+                    if fills:
+                        arguments[fills].load_state_dict(stored["weights"])
+                    return stored["result"]
+                checkpoint = Entry(f"{name}-checkpoint", module_path, hashed)
+                if "checkpoint" in signature.parameters:
+                    arguments["checkpoint"] = checkpoint
+                result = function(*call.args, **call.kwargs)
+                weights = dict(arguments[fills].state_dict()) if fills else None
+                entry.save({"result": result, "weights": weights}, known)
+                checkpoint.path.unlink(missing_ok=True)
+                return result
 
         shown = [p for p in signature.parameters.values() if p.name != "checkpoint"]
         extra = inspect.Parameter("cached", inspect.Parameter.KEYWORD_ONLY, default=False, annotation="bool")
@@ -128,9 +184,10 @@ def cached(name: str, *, key: Callable | None = None, fills: str | None = None) 
     return decorate
 
 
-def _hash(function: str, content) -> str:
+def key_of(function: str, *content) -> str:
+    """The fingerprint of what a result of ``function`` depends on. Raises ValueError for what has none."""
     try:
-        return fingerprint(function, content)
+        return fingerprint(function, *content)
     except TypeError as error:
         raise ValueError(
             f"{function}(..., cached=True) is kept by the content of its arguments. {error} Use cached=False."
@@ -201,7 +258,7 @@ def _decode(record, tensor: Callable[[str], Tensor], known: Sequence) -> object:
         case {"array": of}:
             return inner(of).numpy()
         case {"tensor": slot, "device": device}:
-            return tensor(slot).to(device)
+            return tensor(slot).to(device, copy=True)  # aligned in memory, on which the last bits of products depend
         case {"known": position}:
             return known[position]
         case {"class": where, "fields": items}:
