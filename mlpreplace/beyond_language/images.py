@@ -47,7 +47,7 @@ def load_images(name: str, split: str, *, processor=None, n: int | None = None) 
     if name == MNIST:
         return _mnist(split, n)
     if processor is None:
-        raise ValueError(f"Images of {name} need the model's processor: AutoImageProcessor.from_pretrained(model).")
+        raise ValueError(f"Images of {name} need the model's processor: an AutoImageProcessor of transformers.")
     path, _, config = name.partition(":")
     rows = datasets.load_dataset(path, config or None, split=split)
     rows = rows if n is None else rows.select(range(min(n, len(rows))))

@@ -1,7 +1,9 @@
 """Models: loading them, where their blocks are, their inputs, and the one place that runs them."""
 
 from .architectures import Stack, register_architecture
-from .blocks import Block, NotApplicable, count_parameters, evenly, find_blocks, find_layers
+from .blocks import Block, NotApplicable, count_parameters, evenly, find_blocks
+from .checkpoints import pretrained, tokenizer_of
 from .generation import generate_windows
 from .inputs import in_batches, token_batches
+from .layers import find_layers
 from .loading import Source, load_model, resolve_device

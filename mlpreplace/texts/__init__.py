@@ -1,4 +1,4 @@
 """Texts: bundled assets, documents of a corpus, and the token windows of each split."""
 
 from .corpora import documents
-from .windows import load_windows, text_name
+from .windows import bos_of, load_windows, opening_of, text_name

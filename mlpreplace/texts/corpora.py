@@ -16,6 +16,7 @@ import ast
 import csv
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ KIND_DOCUMENTS = 250  # at most, of one kind in a text of several kinds, so that
 MIN_CHARACTERS = 200  # of a passage
 MIN_CHARACTERS_OF_MODULES = 600  # of a docstring or a module: most shorter ones are lists of arguments or imports
 Document = tuple[str, str]  # id, text
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*(?::[^/\\]+(?:/[^\\]+)?)?", re.ASCII)  # owner/name:config; all else is a path
+FILE_NAME = re.compile(r".+\.(txt|jsonl?|csv|tsv|parquet|py|md|gz|zip)", re.IGNORECASE)  # which no data set is called
 
 
 def _wiki() -> Iterator[Document]:
@@ -131,52 +134,112 @@ BUNDLED = {
 def _files(path: Path) -> Iterator[Document]:
     """A .txt file is one document; a .jsonl file holds one {"text": …} a line; a folder holds such files."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [f for f in files if f.suffix in (".txt", ".jsonl")]
+    files = [f for f in files if f.suffix in (".txt", ".jsonl") and not f.is_dir()]
     if not files:
         raise ValueError(f"{path} holds no .txt or .jsonl file.")
     for file in files:
+        found = _read(file)
         if file.suffix == ".txt":
-            yield str(file.relative_to(path.parent)), file.read_text()
-            continue
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: {error}.") from error
-            if not isinstance(record, dict) or "text" not in record:
-                found = f"the keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise ValueError(f'{file}, line {number}: expected {{"text": …}}, found {found}.')
-            yield f"{file.name}:{number}", record["text"]
+            read = [(str(file.relative_to(path.parent)), found)]
+        else:
+            lines = enumerate(found.split("\n"), 1)  # and not at other line separators, which a string may hold
+            read = ((f"{file.name}:{n}", _text_of(line, f"{file}, line {n}")) for n, line in lines if line.strip())
+        yield from ((identifier, text) for identifier, text in read if text.strip())
+
+
+def _read(file: Path) -> str:
+    """The content of a text file, without the mark that some editors put before UTF-8."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte, at = error.object[error.start], error.start
+        raise ValueError(
+            f"{file} is not UTF-8: byte {byte:#04x} at position {at}. Convert it, as with iconv -t UTF-8."
+        ) from error
+    if "\0" in text:  # UTF-16 and data that is no text may be valid UTF-8
+        raise ValueError(f"{file} is not UTF-8 text: it holds zero bytes. Convert it, as with iconv -f UTF-16 -t UTF-8.")
+    return text
+
+
+def _text_of(line: str, where: str) -> str:
+    """The text of a line of a .jsonl file."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}.") from error
+    if not isinstance(record, dict) or "text" not in record:
+        found = f"the keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+        raise ValueError(f'{where}: expected {{"text": …}}, found {found}.')
+    return _string(record["text"], where)
+
+
+def _string(text: object, where: str) -> str:
+    """``text``, which has to be a string that can be encoded."""
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: expected a string as "text", found a {type(text).__name__}.')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half of a surrogate pair, {text[error.start]!r}, is no character.") from error
+    return text
 
 
 def _hub(name: str) -> Iterator[Document]:
     """The first HUB_DOCUMENTS rows of a hub data set, "owner/name" or "owner/name:config", with a "text" column."""
-    from datasets import load_dataset
+    for number, row in enumerate(_rows(name)):
+        if "text" not in row:
+            raise ValueError(f'{name}: expected a column "text", found {sorted(row)}.')
+        if row["text"] is not None and _string(row["text"], f"{name}, row {number}").strip():
+            yield str(number), row["text"]
+
+
+def _rows(name: str) -> Iterator[dict]:
+    from datasets import load_dataset  # which runs no code of a data set, and says so where one brings code
 
     repo, _, config = name.partition(":")
     try:
-        rows = load_dataset(repo, config or None, split="train", streaming=True)
-    except Exception as error:
+        yield from islice(load_dataset(repo, config or None, split="train", streaming=True), HUB_DOCUMENTS)
+    except Exception as error:  # of the hub, of the network, of the data: at any row
+        said = " ".join(str(error).split())
         raise ValueError(
             f"Unknown text {name!r}: neither bundled ({', '.join(BUNDLED)}), nor a local file or folder, "
-            f"nor a data set the hub could be asked for ({type(error).__name__}: {error})."
+            f"nor a data set the hub could be asked for ({type(error).__name__}: {said})."
         ) from error
-    if "text" not in (rows.column_names or ["text"]):
-        raise ValueError(f'{name}: expected a column "text", found {rows.column_names}.')
-    return ((str(n), row["text"]) for n, row in enumerate(islice(rows, HUB_DOCUMENTS)) if row["text"].strip())
 
 
-def check_name(text: str) -> None:
-    """Raise ValueError for an unknown name that starts with "bundled/"."""
-    if text.startswith("bundled/") and text not in BUNDLED:
-        raise ValueError(f"Unknown bundled text {text!r}; bundled are {', '.join(BUNDLED)}.")
+def check_name(text: str | os.PathLike) -> str:
+    """The name of a text as a string.
+
+    Raises:
+        ValueError: it is no name, empty, or an unknown one that starts with "bundled/".
+        FileNotFoundError: it is written as a path, and nothing is there.
+    """
+    if not isinstance(text, (str, os.PathLike)) or not str(text).strip():
+        raise ValueError(f"Expected the name of a text ({', '.join(BUNDLED)}), a file or folder or a data set, got {text!r}.")
+    name = os.fspath(text)
+    if name.startswith("bundled/") and name not in BUNDLED:
+        raise ValueError(f"Unknown bundled text {name!r}; bundled are {', '.join(BUNDLED)}.")
+    known = name in BUNDLED or isinstance(text, str) and HUB_NAME.fullmatch(name) and not FILE_NAME.fullmatch(name)
+    if not known and not os.path.exists(path := _path(name)):
+        raise FileNotFoundError(
+            f"No text {name!r}: there is no file or folder {path}. Expected one, a bundled text ({', '.join(BUNDLED)}) or a data "
+            'set of the hub, written "owner/name" or "owner/name:config".'
+        )
+    return name
 
 
-def documents(text: str) -> Iterator[Document]:
-    """(id, text) of every document of ``text``: a bundled name, a local .txt/.jsonl file or folder, or a hub data set."""
-    check_name(text)
-    if text in BUNDLED:
-        return BUNDLED[text]()
-    return _files(Path(text)) if Path(text).exists() else _hub(text)
+def _path(name: str) -> Path:
+    """Absolute, so that documents have the same ids wherever a relative path starts; links stay."""
+    return Path(os.path.abspath(os.path.expanduser(name)))
+
+
+def documents(text: str | os.PathLike) -> Iterator[Document]:
+    """(id, text) of every document of ``text``: a bundled name, a local .txt/.jsonl file or folder, or a hub data set.
+
+    Documents without any character are left out. Raises as :func:`check_name` does; and ValueError for a file that is not UTF-8
+    and for a line or row without a text.
+    """
+    name = check_name(text)
+    if name in BUNDLED:
+        return BUNDLED[name]()
+    return _files(_path(name)) if os.path.exists(_path(name)) else _hub(name)

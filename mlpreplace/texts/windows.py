@@ -2,13 +2,17 @@
 
 A hash of its id assigns each document to a split. So no calibration window shares a document with a held-out one, whatever
 the sizes asked for. Windows come in a fixed order: a smaller request is a prefix of a larger one.
+
+Where a tokenizer begins a text with a token of its own (BOS), every window begins with it: the model has seen no text without.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from operator import index
 
 import torch
 from torch import Tensor
@@ -17,10 +21,30 @@ from tqdm import tqdm
 from .corpora import check_name, documents
 
 SPLITS = {"calibration": 0.8, "validation": 0.1, "heldout": 0.1}  # share of documents
-Text = str | Mapping[str, float]  # a text's name, or {name: share}
+Text = str | os.PathLike | Mapping[str, float]  # a text's name, or {name: share}
 MIXTURES = {  # shares of windows; never with speeches, the out-of-domain test
     "bundled/mixture": {"bundled/wiki": 2, "bundled/passages": 1, "bundled/dialogue": 1},  # see notebooks/studies/04_calibration
 }
+
+
+def opening_of(tokenizer) -> list[int]:
+    """Ids that ``tokenizer`` puts before a text: BOS of Gemma and Llama, [CLS] of BERT, none of GPT-2 and SmolLM2.
+
+    What it puts behind a text (EOS, [SEP]) is no part of it.
+
+    Raises ValueError for a tokenizer of which this cannot be told, since it knows no word.
+    """
+    for word in ("a", *tokenizer.get_vocab()):
+        bare, whole = (tokenizer(word, add_special_tokens=special).input_ids for special in (False, True))
+        places = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        if bare and len(places) == 1:  # else the word is unknown, and written as the token that was added
+            return whole[: places[0]]
+    raise ValueError("The tokenizer knows no word, so what it puts before a text cannot be told: is it the model's own?")
+
+
+def bos_of(tokenizer) -> int | None:
+    """The id that ``tokenizer`` begins a text with, None where it adds none."""
+    return next(iter(opening_of(tokenizer)), None)
 
 
 def _hash(*parts: str) -> float:
@@ -60,18 +84,19 @@ def _pack(token_lists: Iterable[tuple[str, list[int]]], separator: list[int], se
 def _shares(text: Text) -> dict[str, float]:
     """{name: share} of a text, with a sum of 1. Raises ValueError for shares that are not positive and unknown bundled names."""
     if not isinstance(text, Mapping):
-        text = MIXTURES.get(text, {text: 1.0})
+        text = MIXTURES.get(text, {text: 1.0}) if isinstance(text, str) else {text: 1.0}
     if not text or not all(isinstance(share, (int, float)) and 0 < share < float("inf") for share in text.values()):
         raise ValueError(f"Expected a text's name or {{name: share}} with positive shares, got {dict(text)}.")
-    for name in text:
-        check_name(name)
-    return {name: share / sum(text.values()) for name, share in text.items()}
+    names = [check_name(name) for name in text]
+    return {name: share / sum(text.values()) for name, share in zip(names, text.values(), strict=True)}
 
 
 def text_name(text: Text) -> str:
     """The display name of a text: its name, or "bundled/wiki 50 %, bundled/passages 50 %"."""
     shares = _shares(text)
-    return text if isinstance(text, str) else ", ".join(f"{name} {100 * share:.3g} %" for name, share in shares.items())
+    if isinstance(text, Mapping):
+        return ", ".join(f"{name} {100 * share:.3g} %" for name, share in shares.items())
+    return os.fspath(text)
 
 
 def _interleaved(shares: Mapping[str, float], n_windows: int) -> list[str]:
@@ -91,26 +116,40 @@ def load_windows(
 
     Args:
         text: a bundled name (see :mod:`mlpreplace.texts.corpora`) or "bundled/mixture", half of which is wiki; a local
-            .txt/.jsonl file or folder; or a hub data set ("owner/name" or "owner/name:config", its "text" column). Or a
+            .txt/.jsonl file (UTF-8) or folder; or a hub data set ("owner/name" or "owner/name:config", its "text" column). Or a
             mixture {name: share of windows}, any positive numbers; every prefix of the windows has these shares.
-        tokenizer: of the model. No special token is added, and documents are joined by a blank line.
+        tokenizer: of the model. Where it begins a text with BOS, each window is BOS and seq_len - 1 tokens of text. No other
+            special token is added, and documents are joined by a blank line.
         split: "calibration" (80 % of the documents), "validation" (10 %) or "heldout" (10 %). No document is in two.
 
     Raises:
-        ValueError: unknown text or split, shares that are not positive, or fewer tokens than asked for.
+        FileNotFoundError: ``text`` is written as a path, and nothing is there.
+        ValueError: unknown text or split, a file that is not UTF-8, shares that are not positive, or fewer tokens than asked for.
     """
-    if split not in SPLITS:
+    if split not in tuple(SPLITS):
         raise ValueError(f"Unknown split {split!r}; expected one of {tuple(SPLITS)}.")
-    if seq_len < 2 or n_windows < 1:
-        raise ValueError(f"Expected seq_len ≥ 2 and n_windows ≥ 1, got {seq_len} and {n_windows}.")
+    opening = opening_of(tokenizer)
+    seq_len, n_windows = _count("seq_len", seq_len, max(2, len(opening) + 1)), _count("n_windows", n_windows, 1)
     order = _interleaved(_shares(text), n_windows)
     counts = Counter(order)
-    sources = {name: iter(_windows(name, tokenizer, split, seq_len, n, progress)) for name, n in counts.items()}
+    sources = {name: iter(_windows(name, tokenizer, opening, split, seq_len, n, progress)) for name, n in counts.items()}
     return torch.tensor([next(sources[name]) for name in order])
 
 
-def _windows(name: str, tokenizer, split: str, seq_len: int, n_windows: int, progress: bool) -> list[list[int]]:
-    """The first windows of one source."""
+def _count(name: str, value: int, least: int) -> int:
+    try:
+        found = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        found = -1
+    if found < least:
+        raise ValueError(f"Expected {name} ≥ {least}, got {value!r}.")
+    return found
+
+
+def _windows(
+    name: str, tokenizer, opening: list[int], split: str, seq_len: int, n_windows: int, progress: bool
+) -> list[list[int]]:
+    """The first windows of one source, each ``opening`` and text."""
     chosen = [d for d in documents(name) if _split_of(d[0]) == split]
     chosen.sort(key=lambda d: _hash("order", d[0]))  # mixes topics, whatever the order of the source
 
@@ -119,8 +158,8 @@ def _windows(name: str, tokenizer, split: str, seq_len: int, n_windows: int, pro
 
     windows: list[list[int]] = []
     with tqdm(total=n_windows, desc=f"{name} {split}", unit="window", disable=not progress, leave=False) as bar:
-        for window in _pack(((i, tokens(t)) for i, t in chosen), tokens("\n\n"), seq_len):
-            windows.append(window)
+        for window in _pack(((i, tokens(t)) for i, t in chosen), tokens("\n\n"), seq_len - len(opening)):
+            windows.append(opening + window)
             bar.update()
             if len(windows) == n_windows:
                 return windows

@@ -1,21 +1,22 @@
 """Loading: what comes back, where it came from, and one clear error for everything that cannot be loaded."""
 
-import hashlib
+import json
 import re
-import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_locally
+from conftest import capture_quietly, save_locally
 from tiny_models import build, random_windows
 
-from mlpreplace import load_model, perplexity
+from mlpreplace import NarrowMLP, export, find_blocks, fit, load, load_model, perplexity, save, splice
+from mlpreplace.models import loading
 from mlpreplace.models.blocks import count_parameters
 from mlpreplace.models.loading import BUNDLED, Source, bundled_folder, resolve_device
+from mlpreplace.runtime.fingerprint import fingerprint
 from mlpreplace.texts import assets
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-DISTRIBUTION, WHEEL = "tiny-asset", "tiny_asset-1.0-py3-none-any.whl"
 
 
 @pytest.fixture
@@ -28,24 +29,6 @@ def folder(tmp_path):
     return save_locally(build("llama"), tmp_path / "model")
 
 
-@pytest.fixture
-def wheel(tmp_path, monkeypatch, fresh_assets):
-    """A small asset in a cache of its own, and the assets.txt that names it."""
-    path = tmp_path / "cache" / "assets" / WHEEL
-    path.parent.mkdir(parents=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in ("tiny/data/b.txt", "tiny/data/a.txt", "tiny/other.txt"):
-            archive.writestr(name, f"content of {name}")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    listed = tmp_path / "assets.txt"
-    listed.write_text(
-        f"# a comment\nother-asset==2 \\\n    --hash=sha256:{'0' * 64}\n{DISTRIBUTION}==1.0 --hash=sha256:{digest}\n"
-    )
-    monkeypatch.setattr(assets, "ASSETS", listed)
-    monkeypatch.setenv("MLPREPLACE_CACHE", str(tmp_path / "cache"))
-    return path
-
-
 # local folders
 
 
@@ -55,6 +38,15 @@ def test_a_local_folder_comes_back_as_it_was(folder, windows):
         assert torch.equal(model(windows).logits, build("llama")(windows).logits)
     assert not model.training
     assert tokenizer("w3 w4").input_ids == [4, 5]
+
+
+def test_a_folder_is_named_in_any_way(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("model", "./model", "model/", "~/model", "link", Path("model"), Path("~/model"), Path(folder)):
+        model, _ = load_model(name, device="cpu")
+        assert model.source == Source(folder, sha256=model.source.sha256)
 
 
 def test_the_source_names_the_weights(folder):
@@ -74,9 +66,21 @@ def test_the_source_covers_every_shard(folder):
     assert load_model(folder, device="cpu")[0].source.sha256 != first.sha256
 
 
-def test_a_source_survives_json():
-    source = Source("owner/name", revision="abc")
-    assert Source(**source.as_dict()) == source
+def test_a_source_survives_json_with_one_hash_of_all_weights(folder):
+    for source in (Source("owner/name", revision="abc"), load_model(folder, device="cpu")[0].source):
+        again = Source.from_dict(json.loads(json.dumps(source.as_dict())))
+        assert again == source and again.as_dict() == source.as_dict() and again.weights is None
+    assert source.as_dict()["weights"] == fingerprint(source.weights)
+
+
+def test_the_hash_of_the_weights_is_of_what_was_loaded(folder, tmp_path):
+    """The same weights in another file, other weights in the same file, another precision."""
+    save_locally(build("llama"), tmp_path / "copy")
+    save_locally(build("llama").to(torch.bfloat16), tmp_path / "half")
+    first, copy, half = (load_model(tmp_path / n, device="cpu")[0].source.as_dict() for n in ("model", "copy", "half"))
+    assert first["weights"] == copy["weights"] != half["weights"]
+    low = load_model(folder, device="cpu", dtype=torch.bfloat16)[0].source.as_dict()
+    assert low["sha256"] == first["sha256"] and low["weights"] != first["weights"]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
@@ -99,6 +103,12 @@ def test_a_gpu_that_is_not_there(device, folder):
     for act in (lambda: resolve_device(device), lambda: load_model(folder, device=device)):
         with pytest.raises(ValueError, match=f"'{device}'.*no GPU"):
             act()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", None, [], "meta"])
+def test_what_is_no_device(device):
+    with pytest.raises(ValueError, match="DEVICE="):
+        resolve_device(device)
 
 
 @NO_GPU
@@ -131,26 +141,55 @@ def test_an_unknown_name_is_one_error(name, offline):
         load_model(name, device="cpu")
 
 
-# bundled assets
+@pytest.mark.parametrize(
+    "name", ["./no", "/no/such", "~/no", "~no-such-user/no", "..", "no\\such", "a/b/c", "no.gguf", Path("no/such"), __file__]
+)
+def test_the_hub_is_not_asked_for_what_looks_like_a_path(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "resolve_revision", lambda *args: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="Unknown model|holds no"):
+        load_model(name, device="cpu")
 
 
-def test_an_asset_is_read_from_its_wheel(wheel):
-    assert assets.asset(DISTRIBUTION) == wheel
-    assert assets.members(DISTRIBUTION, "tiny/data/") == ["tiny/data/a.txt", "tiny/data/b.txt"]
-    assert assets.read_member(DISTRIBUTION, "tiny/data/a.txt") == b"content of tiny/data/a.txt"
-    assert set(assets.asset_hashes()) == {"other-asset", DISTRIBUTION}
+@pytest.mark.parametrize("name", [None, "", " ", 7, True, ["bundled/smollm2-135m"], b"model"])
+def test_what_is_no_name(name):
+    with pytest.raises(ValueError, match="name of a model.*got"):
+        load_model(name, device="cpu")
 
 
-def test_a_corrupted_asset_is_named(wheel):
-    wheel.write_bytes(wheel.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{WHEEL} is corrupted.*make setup"):
-        assets.read_member(DISTRIBUTION, "tiny/data/a.txt")
+def test_a_revision_is_of_a_hub_repository(folder):
+    for name in (folder, "bundled/smollm2-135m"):
+        with pytest.raises(ValueError, match="revision='main'.*hub"):
+            load_model(name, device="cpu", revision="main")
 
 
-def test_a_missing_asset_says_how_to_get_it(wheel):
-    wheel.unlink()
-    with pytest.raises(FileNotFoundError, match=f"'{DISTRIBUTION}'.*make setup"):
-        assets.asset(DISTRIBUTION)
+def test_what_the_package_wrote_is_read_by_load_and_only_a_plain_checkpoint_by_both(folder, tmp_path, windows):
+    model, tokenizer = load_model(folder, device="cpu")
+    blocks, stats = capture_quietly(model, windows)
+
+    def narrow(*widths):
+        plan = {b: fit(b, stats, NarrowMLP(width)) for b, width in zip(blocks, widths, strict=False)}
+        return splice(model, plan)
+
+    folders = [
+        save(narrow(20, 20, 20), tmp_path / "delta", tokenizer=tokenizer),
+        save(narrow(20, 20, 20), tmp_path / "whole", standalone=True, tokenizer=tokenizer),
+        export(narrow(20), tmp_path / "widths", tokenizer=tokenizer),
+    ]
+    for written in folders:
+        with pytest.raises(ValueError, match=rf"{written}.*mlpreplace\.load"):
+            load_model(written, device="cpu")
+        assert load(written, device="cpu")
+    plain = export(narrow(20, 20, 20), tmp_path / "plain", tokenizer=tokenizer)
+    assert find_blocks(load_model(plain, device="cpu")[0])[0].intermediate_size == 20
+    content = bytearray((plain / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (plain / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not what was written"):
+        load_model(plain, device="cpu")
+
+
+# the bundled model
 
 
 def test_a_missing_bundled_model_says_how_to_get_it(tmp_path, monkeypatch, fresh_assets):
@@ -160,20 +199,10 @@ def test_a_missing_bundled_model_says_how_to_get_it(tmp_path, monkeypatch, fresh
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_without_the_list_of_assets_there_are_none(wheel, monkeypatch, tmp_path):
-    monkeypatch.setattr(assets, "ASSETS", tmp_path / "nowhere.txt")
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt not found"):
-        assets.asset(DISTRIBUTION)
-
-
-def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLPREPLACE_CACHE", str(tmp_path))
-    assert assets.cache_dir() == tmp_path
-    monkeypatch.delenv("MLPREPLACE_CACHE")
-    assert assets.cache_dir() == assets.ROOT / ".cache"
-
-
-# the bundled model
+def test_an_installed_package_has_no_bundled_model(monkeypatch, fresh_assets):
+    monkeypatch.setattr(assets, "is_checkout", lambda: False)
+    with pytest.raises(FileNotFoundError, match="checkout of the repository"):
+        load_model("bundled/smollm2-135m")
 
 
 @pytest.mark.bundled

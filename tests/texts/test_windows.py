@@ -1,19 +1,15 @@
 """Token windows: which documents they come from, in which order, and what is said when there are too few."""
 
-import json
 from itertools import combinations
 
 import pytest
 import torch
 from conftest import word_tokenizer
-from datasets import Dataset
+from written import DOCUMENTS, WORDS, text_of, write_jsonl
 
 from mlpreplace import load_windows
 from mlpreplace.texts.corpora import BUNDLED, documents
 from mlpreplace.texts.windows import MIXTURES, SPLITS, text_name
-
-WORDS = 40  # different words of a document, each in no other
-DOCUMENTS = 120
 
 
 @pytest.fixture(scope="module")
@@ -22,18 +18,9 @@ def tokenizer():
     return word_tokenizer(f"d{i}w{j}" for i in range(DOCUMENTS) for j in range(WORDS))
 
 
-def text_of(document: int, words: int = WORDS) -> str:
-    return " ".join(f"d{document}w{j % WORDS}" for j in range(words))
-
-
 def sources(windows: torch.Tensor) -> list[list[int]]:
     """Documents of each window, in order of appearance."""
     return [list(dict.fromkeys(((row - 1) // WORDS).tolist())) for row in windows]
-
-
-def write_jsonl(path, texts) -> str:
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture
@@ -134,32 +121,6 @@ def test_a_single_txt_file_is_one_document(tmp_path, tokenizer):
     assert found == 40
 
 
-def test_documents_have_ids_of_their_own(text):
-    read = list(documents(text))
-    assert len(read) == len({identifier for identifier, _ in read}) == DOCUMENTS
-    assert sorted(content for _, content in read) == sorted(text_of(i) for i in range(DOCUMENTS))
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0c"])
-def test_a_line_separator_inside_a_json_string_ends_no_line(character, tmp_path):
-    text = write_jsonl(tmp_path / "texts.jsonl", [f"one{character}two", "three"])
-    assert [content for _, content in documents(text)] == [f"one{character}two", "three"]
-
-
-def test_empty_lines_are_no_documents(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "one"}\n\n{"text": "two"}\n\n')
-    assert [content for _, content in documents(str(path))] == ["one", "two"]
-
-
-@pytest.mark.parametrize("line", ['{"content": "x"}', "not json", '"a text"', "[1, 2]"])
-def test_a_line_without_text_is_named(line, tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "one"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"texts\.jsonl, line 2"):
-        list(documents(str(path)))
-
-
 def test_too_few_tokens_are_counted(jsonl, tokenizer):
     with pytest.raises(ValueError, match=r"has \d+ heldout windows of 64 tokens in \d+ documents, 1000 were asked"):
         load_windows(jsonl, tokenizer, "heldout", seq_len=64, n_windows=1000)
@@ -169,56 +130,17 @@ def test_too_few_tokens_are_counted(jsonl, tokenizer):
     ("options", "message"),
     [
         ({"split": "test"}, "'test'.*calibration"),
+        ({"split": ["heldout"]}, "heldout.*calibration"),
         ({"seq_len": 1}, "seq_len ≥ 2"),
+        ({"seq_len": 16.0}, "seq_len ≥ 2, got 16.0"),
         ({"n_windows": 0}, "n_windows ≥ 1"),
+        ({"n_windows": True}, "n_windows ≥ 1, got True"),
         ({"text": "bundled/novels"}, "'bundled/novels'.*bundled/wiki"),
     ],
 )
 def test_a_request_that_cannot_be_right(options, message, jsonl, tokenizer):
     with pytest.raises(ValueError, match=message):
         load_windows(**{"text": jsonl, "tokenizer": tokenizer, "n_windows": 2, "seq_len": 8} | options)
-
-
-def test_a_folder_without_texts(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="holds no .txt or .jsonl"):
-        load_windows(str(tmp_path), tokenizer)
-
-
-def test_an_unreachable_data_set_is_one_error(tokenizer, monkeypatch):
-    def offline(*args, **options):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(ValueError, match=r"'owner/name'.*bundled/wiki.*no route to host"):
-        load_windows("owner/name", tokenizer)
-
-
-def hub_of(monkeypatch, records: list[dict]) -> None:
-    """The hub's only data set is owner/name in its configuration small."""
-
-    def load(name, configuration, split, streaming):
-        assert (name, configuration, split, streaming) == ("owner/name", "small", "train", True)
-        return Dataset.from_list(records).to_iterable_dataset()
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-
-
-def test_a_data_set_is_read_by_its_configuration(tokenizer, monkeypatch):
-    hub_of(monkeypatch, [{"text": text_of(i) if i % 2 else " ", "other": i} for i in range(DOCUMENTS)])
-    assert len(list(documents("owner/name:small"))) == DOCUMENTS // 2  # the others are empty
-    assert load_windows("owner/name:small", tokenizer, seq_len=8, n_windows=3).shape == (3, 8)
-
-
-def test_only_the_first_rows_of_a_data_set_are_read(monkeypatch):
-    hub_of(monkeypatch, [{"text": str(i)} for i in range(20)])
-    monkeypatch.setattr("mlpreplace.texts.corpora.HUB_DOCUMENTS", 7)
-    assert [content for _, content in documents("owner/name:small")] == [str(i) for i in range(7)]
-
-
-def test_a_data_set_without_text_says_what_it_has(monkeypatch):
-    hub_of(monkeypatch, [{"content": "x"}])
-    with pytest.raises(ValueError, match=r"owner/name:small: expected a column \"text\", found \['content'\]"):
-        list(documents("owner/name:small"))
 
 
 # mixtures
