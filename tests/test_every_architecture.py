@@ -38,6 +38,7 @@ FAMILIES = {  # as the README calls them: the tiny models that stand for them he
     "Qwen 2, 3": ["qwen2", "qwen3"],
     "Gemma 1, 2, 3": ["gemma", "gemma2", "gemma3_text"],
     "Phi": ["phi"],
+    "Phi-3, GLM, GLM-4": ["phi3", "glm", "glm4"],
     "GPT-2": ["gpt2"],
     "GPT-NeoX": ["gpt_neox"],
     "OPT": ["opt"],

@@ -57,6 +57,9 @@ MODELS = {
         t.FalconConfig(hidden_size=32, ffn_hidden_size=48, num_hidden_layers=3, num_attention_heads=4, **TOKENS),
     ),
     "phi": (t.PhiForCausalLM, t.PhiConfig(**SIZES)),
+    "phi3": (t.Phi3ForCausalLM, t.Phi3Config(**GROUPED, pad_token_id=0)),
+    "glm": (t.GlmForCausalLM, t.GlmConfig(**HEADS, pad_token_id=0)),
+    "glm4": (t.Glm4ForCausalLM, t.Glm4Config(**HEADS, pad_token_id=0)),
     "opt": (
         t.OPTForCausalLM,
         t.OPTConfig(
@@ -105,7 +108,7 @@ VISION_ONLY = ["vit", "deit"]
 MULTIMODAL = ["llava", "gemma3"]
 ENCODERS = ["bert", "roberta", "distilbert"]
 CAUSAL = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gpt2", "gpt_neox", "falcon", "phi", "opt", "mixtral"]
-DECODERS = [*CAUSAL, "gemma3_text", "qwen2_moe", "qwen3_moe"]
+DECODERS = [*CAUSAL, "phi3", "glm", "glm4", "gemma3_text", "qwen2_moe", "qwen3_moe"]
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe"]
 SINGLE = [*MIXTURES, "gemma2"]  # experts, and the softmax of eager attention, are in float32 in any case
 READS_TOKENS = [*CAUSAL, "bert"]  # one stack of layers, one sequence of tokens in

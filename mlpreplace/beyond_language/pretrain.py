@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..fitting.training import learn
-from ..models.forward import eval_mode
+from ..models.forward import check_gradients, eval_mode
 from ..models.inputs import Batch
 from ..planning.distil import Tuning, batch_objective, own_loss
 from ..replacements.records import TrainingReport
@@ -36,8 +36,9 @@ def pretrain(
         The learning curves; ``curve_tokens`` counts items.
 
     Raises:
-        ValueError: no batches, batches without labels.
+        ValueError: no batches, batches without labels, a call under torch.inference_mode().
     """
+    check_gradients(model)
     learners = nn.ParameterList(p for p in model.parameters() if p.requires_grad)  # a tied one once
     return _pretrain(learners, model, list(batches), list(validation), how, seed, cached=cached, progress=progress)
 

@@ -7,20 +7,20 @@ and all other tokens are rounded to nearly zero.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..models.blocks import KINDS, find_blocks
+from ..models.weights import Inserted, unlike_linear
+from ..replacements.splice import lazy_clone, lazy_copy, refuse_checkpoint
 
 ACTIVATION_LEVELS = 127
 WEIGHT_LEVELS = 63  # not 127: x86 without VNNI adds pairs of products in 16 bits, which hold at most 2 · 255 · 64
 NARROWEST = 16  # outputs; smaller layers are left out: they gain nothing, and the router of a mixture stays exact
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Inserted):
     """y = s_x s_w (X̂ Ŵᵀ) + b with X̂ = round(x / s_x) and Ŵ = round(W / s_w) in int8 and their product in int32.
 
     The scales are max|·| ÷ levels: s_w per output channel, s_x per token.
@@ -53,30 +53,39 @@ class Int8Linear(nn.Module):
 def quantized(model: nn.Module) -> nn.Module:
     """A copy of ``model``, dense or spliced, whose attention and MLP blocks (or replacements) compute in int8.
 
-    Every linear layer of a block becomes an :class:`Int8Linear`, a quarter of its float32 size. All else is shared with
-    ``model``, which does not change: embeddings, norms, LM head, layers with fewer than 16 outputs (routers), and parameters
-    outside of linear layers (the experts of a Mixtral).
+    Every linear layer of a block becomes an :class:`Int8Linear`, a quarter of its float32 size. All else is that of ``model``,
+    in memory that is shared until one side writes into it, as in :func:`~mlpreplace.splice`: embeddings, norms, LM head, layers
+    with fewer than 16 outputs (routers), and parameters outside of linear layers (the experts of a Mixtral). ``save_pretrained``
+    of the result raises.
 
     The arithmetic is that of torchao's Int8DynamicActivationInt8Weight with one bit less for weights. With 8 bits, products
     overflow silently on a processor without VNNI instructions; with 7, all processors give the same numbers.
 
     Raises:
-        ValueError: a model that is not on a CPU, or no linear layer to quantize.
+        ValueError: a model that is not on a CPU, no linear layer to quantize, blocks that give float32 in half precision (T5).
     """
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ValueError(f"The model is on {device}; the int8 product here is the CPU's: quantize model.to('cpu').")
     blocks = [block for kind in KINDS for block in find_blocks(model, kind)]
+    if wide := [block for block in blocks if block.widens]:
+        raise ValueError(
+            f"{wide[0].name} gives float32 in a half-precision model, where its outputs would overflow, and an int8 layer gives "
+            "the precision that it reads: load the model in float32."
+        )
     layers = {layer for block in blocks for module in block.modules for layer in module.modules() if _fits(layer)}
     if not layers:
         raise ValueError(f"No linear layer in the blocks of {type(model).__name__}: nothing to quantize, or done already.")
-    kept = {id(t): t for tensors in (model.parameters(), model.buffers()) for t in tensors}
-    small = copy.deepcopy(model, kept | {id(layer): Int8Linear(layer) for layer in layers})
+    instead = {layer: Int8Linear(layer) for layer in layers}
+    for layer in instead.values():
+        layer.bias = None if layer.bias is None else lazy_clone(layer.bias)
+    small = lazy_copy(model, instead)
+    small.save_pretrained = refuse_checkpoint
     small.source = getattr(model, "source", None)
     return small
 
 
 def _fits(layer: nn.Module) -> bool:
-    if not isinstance(layer, nn.Linear | Conv1D):
+    if unlike_linear(layer):
         return False
     return layer.weight.shape[1 if isinstance(layer, Conv1D) else 0] >= NARROWEST

@@ -37,7 +37,7 @@ class PublishedModel:
 
 def published_configs() -> list[PublishedModel]:
     """The entries of published_models.yaml, in the file's order."""
-    entries = yaml.safe_load(PUBLISHED.read_text())
+    entries = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     return [PublishedModel(class_name=entry.pop("class"), **entry) for entry in entries]
 
 

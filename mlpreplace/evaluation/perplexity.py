@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..models.inputs import check_windows
+from ..models.forward import eval_mode
+from ..models.inputs import check_batch_size, check_windows
 from ..replacements.splice import Plan
-from ..runtime.cache import Entry
+from ..runtime.cache import Entry, key_of
 from ..runtime.fingerprint import fingerprint
 from ..runtime.memory import WINDOWS
 from .sweep import sweep
@@ -107,7 +108,7 @@ def perplexity(
 ) -> Estimate:
     """Perplexity of a causal language model on token windows [windows, seq_len], weighted by tokens.
 
-    Every token but the first of a window is predicted. Raises ValueError for windows the model cannot read.
+    Every token but the first of a window is predicted. Raises ValueError for windows the model cannot read or of a single token.
     """
     measured = measure(model, windows, batch_size=batch_size, progress=progress)
     return _exp_per_token(measured.nll, measured.tokens, seed)
@@ -145,13 +146,25 @@ def compare(
         probabilities [batch_size, seq_len, vocab], and at most layers − 1 hidden states [batch_size, seq_len, hidden].
 
     Raises:
-        ValueError: windows the model cannot read, a plan for another model.
+        ValueError: windows the model cannot read or of a single token, a plan for another model, a model that another thread
+            has spliced.
     """
-    check_windows(windows, model)
-    batches = list(enumerate(windows.split(batch_size or WINDOWS)))
+    check_windows(windows, model, least=2)
+    check_batch_size(batch_size)
+    with eval_mode(model):
+        joined = _measured(model, plans, windows.split(batch_size or WINDOWS), kl, cached, progress)
+    tokens = np.full(len(windows), windows.shape[1] - 1)
+    return {label: Measurement(nll, tokens, divergence if kl else None) for label, (nll, divergence) in joined.items()}
+
+
+def _measured(
+    model: nn.Module, plans: Mapping[Hashable, Plan], parts: Sequence[Tensor], kl: bool, cached: bool, progress: bool
+) -> dict[Hashable, np.ndarray]:
+    """{label: negative log-likelihood and KL of every window, [2, windows]}."""
+    batches = list(enumerate(parts))
     entries, done = {}, {}
     if cached:
-        key, of_plan = fingerprint(model, kl), {label: fingerprint(plan) for label, plan in plans.items()}
+        key, of_plan = key_of("compare", model, kl), {label: fingerprint(plan) for label, plan in plans.items()}
         entries = {
             (label, i): Entry("measure", "evaluation/perplexity", key, of_plan[label], ids)
             for label in plans
@@ -166,6 +179,4 @@ def compare(
             done[label, i] = result
             if cached:
                 entries[label, i].save(result)
-    tokens = np.full(len(windows), windows.shape[1] - 1)
-    joined = {label: np.concatenate([done[label, i] for i, _ in batches], axis=1) for label in plans}
-    return {label: Measurement(nll, tokens, divergence if kl else None) for label, (nll, divergence) in joined.items()}
+    return {label: np.concatenate([done[label, i] for i, _ in batches], axis=1) for label in plans}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..models.blocks import KINDS, find_blocks
 from ..models.forward import eval_mode
-from ..models.inputs import check_windows, input_device
+from ..models.inputs import check_batch_size, check_windows, input_device
 from ..replacements.hybrids import CausalAttention
 from ..replacements.splice import bodies, replacements_of
 from .perplexity import bootstrap
@@ -110,7 +110,7 @@ def _keeps_logits(model: nn.Module) -> bool:
 
 def size_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers, tied tensors once: the size of the model in memory and on disk."""
-    return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+    return sum({id(t): t.nbytes for t in model.state_dict(keep_vars=True).values()}.values())
 
 
 def cache_bytes(cache) -> int:
@@ -176,18 +176,21 @@ def latency(
         rounds: rounds that count; one more warms up.
 
     Raises:
-        ValueError: too few windows, windows or a context that a model cannot read, a model that does not generate.
+        ValueError: too few windows, windows or a context that a model cannot read, a model that does not generate, fewer than
+            one round or decoded token.
     """
+    if rounds < 1 or decode_tokens < 1:
+        raise ValueError(f"Expected rounds ≥ 1 and decode_tokens ≥ 1, got {rounds} and {decode_tokens}.")
+    check_batch_size(batch_size)
+    for model in models.values():
+        check_windows(windows, model)
     if len(windows) < batch_size:
         raise ValueError(f"A batch of {batch_size} needs as many windows; there are {len(windows)}.")
     ids, steps = windows[:batch_size], decode_tokens * (rounds + 1)
     for label, model in models.items():
         _check(label, model, ids, steps)
     sessions = {label: _Session(model, ids) for label, model in models.items()}
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        for model in models.values():
-            stack.enter_context(eval_mode(model))
+    with torch.inference_mode(), _all_in_eval_mode(models.values()):
         prefill = interleaved({label: s.prefill for label, s in sessions.items()}, rounds)
         sizes = {label: cache_bytes(s.cache) for label, s in sessions.items()}
         decode = interleaved({label: partial(s.decode, decode_tokens) for label, s in sessions.items()}, rounds)
@@ -198,10 +201,17 @@ def latency(
     }
 
 
+@contextmanager
+def _all_in_eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for model in sorted(models, key=id):  # in one order, so that no two threads wait for each other
+            stack.enter_context(eval_mode(model))
+        yield
+
+
 def _check(label: Hashable, model: nn.Module, ids: Tensor, steps: int) -> None:
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{label!r} is a {type(model).__name__}; speed is measured of causal language models.")
-    check_windows(ids, model)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and ids.shape[1] + steps > context:
         raise ValueError(
@@ -234,6 +244,11 @@ def speed_rows(models: Mapping[Hashable, nn.Module], latencies: Mapping[Hashable
     """
     if DENSE not in models:
         raise ValueError(f"No model {DENSE!r} among {', '.join(map(repr, models))}: give the dense one this label.")
+    with _all_in_eval_mode(models.values()):
+        return _speed_rows(models, latencies, seed)
+
+
+def _speed_rows(models: Mapping[Hashable, nn.Module], latencies: Mapping[Hashable, Latency], seed: int) -> list[dict]:
     dense, base = models[DENSE], latencies[DENSE]
     rows = []
     for label, model in models.items():

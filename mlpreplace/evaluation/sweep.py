@@ -154,8 +154,9 @@ class Dense:
 
     def __init__(self, logits: Tensor):
         windows, seq_len, vocab = logits.shape
-        self.p = torch.empty(windows, seq_len - 1, vocab, device=logits.device)
-        self.p_log_p = torch.empty(windows, seq_len - 1, device=logits.device)
+        single = dict(dtype=torch.float32, device=logits.device)
+        self.p = torch.empty(windows, seq_len - 1, vocab, **single)
+        self.p_log_p = torch.empty(windows, seq_len - 1, **single)
         for window, tokens, log_p in _log_probabilities(logits):
             torch.exp(log_p, out=self.p[window, tokens])
             self.p_log_p[window, tokens] = self.expected(log_p, window, tokens)

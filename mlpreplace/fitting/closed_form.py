@@ -56,13 +56,6 @@ def _(family: LowRank, block: Block, s: BlockStatistics, how: ClosedForm) -> dic
     return {"0.weight": down.T, "1.weight": up.T, "1.bias": (s.sum_y - s.sum_x @ down @ up) / s.tokens}
 
 
-def _sliced(block: Block, kept: Tensor) -> dict[str, Tensor]:
-    """The input side of the kept neurons, in the names of a NarrowMLP's state dict."""
-    weights = block.weights()
-    named = {"up.weight": weights.up, "gate.weight": weights.gate, "up.bias": weights.up_bias, "gate.bias": weights.gate_bias}
-    return {name: tensor[kept] for name, tensor in named.items() if tensor is not None}
-
-
 def _keep(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> tuple[Tensor, Tensor]:
     """Indices of the neurons to keep and of the others, ascending."""
     kept = select(block, s, width, how)
@@ -83,7 +76,7 @@ def _(family: NarrowMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> d
     if len(dropped):
         c = hidden_moment(block, s)
         solved = solved + least_squares(block, c[kept][:, kept], c[kept][:, dropped] @ down[dropped], how.ridge)
-    state = {**_sliced(block, kept), "down.weight": solved.T}
+    state = block.weights().of(kept).state() | {"down.weight": solved.T}
     if (bias := block.weights().down_bias) is not None:
         mean = s.sum_h / s.tokens
         state["down.bias"] = bias.to(mean) + mean @ down - mean[kept] @ solved
@@ -110,12 +103,9 @@ def _(family: NarrowPlusLinear, block: Block, s: BlockStatistics, how: ClosedFor
     linear_in, linear_out = reduced_rank(torch.cholesky_solve(xt, factor(block, xx)), xt, family.rank)
 
     solved = down[kept] + t_by_neurons - x_by_neurons @ linear_in @ linear_out
-    state = {f"mlp.{name}": tensor for name, tensor in _sliced(block, kept).items()}
-    state |= {"mlp.down.weight": solved.T, "linear.0.weight": linear_in.T, "linear.1.weight": linear_out.T}
-    state["linear.1.bias"] = (s.sum_h @ down - s.sum_h[kept] @ solved - s.sum_x @ linear_in @ linear_out) / n
-    if (bias := block.weights().down_bias) is not None:
-        state["mlp.down.bias"] = bias
-    return state
+    state = _inside("mlp", block.weights().of(kept).state() | {"down.weight": solved.T})
+    bias = (s.sum_h @ down - s.sum_h[kept] @ solved - s.sum_x @ linear_in @ linear_out) / n
+    return state | {"linear.0.weight": linear_in.T, "linear.1.weight": linear_out.T, "linear.1.bias": bias}
 
 
 @solve.register
@@ -145,8 +135,7 @@ def _(family: NestedMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> d
     order = importance(block, s, family.widths[-1], how).argsort(descending=True, stable=True)
     widest, weights = family.widths[0], block.weights()
     narrower = sorted({width for width in family.widths if width < block.intermediate_size})
-    named = {"up": weights.up, "gate": weights.gate, "up_bias": weights.up_bias, "gate_bias": weights.gate_bias}
-    state = {name: tensor[order[:widest]] for name, tensor in named.items() if tensor is not None}
+    state = {name: tensor for name, tensor in vars(weights.of(order[:widest])).items() if tensor is not None}
     w = weights.down.to(s.hh).T[order]  # [intermediate, hidden]
     down = w[:0]
     if narrower:

@@ -10,14 +10,16 @@ from ..statistics.moments import Sample
 
 
 def sample_errors(module: nn.Module, sample: Sample) -> Errors:
-    """Output errors of a replacement on the real tokens of a sample."""
+    """Output errors of a replacement on the real tokens of a sample. Raises ValueError where it holds none."""
+    if not bool(sample.mask.any()):
+        raise ValueError("A sample has no real token to measure errors on: its windows are nothing but padding.")
     sample = sample.to(next((p.device for p in module.parameters()), sample.x.device))
     with torch.inference_mode():
         g, y = module(sample.x)[sample.mask].float(), sample.y[sample.mask].float()  # [tokens, hidden]
     error = (g - y).square().sum(-1)  # [tokens]
     energy = y.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     relative = error / energy
-    q25, median, q75 = relative.quantile(torch.tensor([0.25, 0.5, 0.75], device=relative.device)).tolist()
+    q25, median, q75 = relative.quantile(relative.new_tensor([0.25, 0.5, 0.75])).tolist()
     return Errors(
         mean=relative.mean().item(),
         median=median,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models.blocks import Block
+from ..models.blocks import Block, block_neurons
 from ..statistics.moments import BlockStatistics, Sample
 from .neurons import ClosedForm, select
 from .ridge import centred, linear_map, reduced_rank
@@ -74,17 +74,6 @@ def feature_statistics(features: Callable[[Tensor], Tensor], sample: Sample, dev
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     sum_x, sum_y, xx, xy = totals or [None] * 4
     return BlockStatistics(sample.tokens, sum_x, sum_y, xx=xx, xy=xy)
-
-
-def block_neurons(block: Block, x: Tensor) -> Tensor:
-    """What enters the block's output projection, [tokens, intermediate], in the precision of ``x``."""
-    w = block.weights()
-
-    def project(weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight.to(x), None if bias is None else bias.to(x))
-
-    up = project(w.up, w.up_bias)
-    return block.activation(up) if w.gate is None else block.activation(project(w.gate, w.gate_bias)) * up
 
 
 def spherical_kmeans(directions: Tensor, clusters: int, seed: int) -> Tensor:

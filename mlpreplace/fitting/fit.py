@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from ..models.architectures import known_here
 from ..models.blocks import Block
+from ..models.forward import check_gradients
 from ..replacements.families import Family, Replacement
 from ..replacements.records import SAMPLES, FitReport
 from ..runtime.cache import Entry, cached
@@ -61,8 +63,10 @@ def fit(
 
     Raises:
         ValueError: a size larger than the block, a moment or a sample that was not captured, a family that cannot take the
-            block, candidates of unequal size.
+            block, candidates of unequal size, training under torch.inference_mode().
     """
+    if training is not None:
+        check_gradients()
     if block not in stats:
         raise ValueError(f"{block.name} is not in the statistics: capture it first.")
     if unknown := set(samples) - set(SAMPLES):
@@ -83,8 +87,9 @@ def fit(
 
 
 def _fit(block: Block, s: BlockStatistics, family: Family, cached: bool, **options) -> Replacement:
-    replacement = Replacement(family, block)
-    replacement.report = _fill(replacement.body, block, s, family, cached=cached, **options)
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):  # a caller's default is no block's
+        replacement = Replacement(family, block)
+        replacement.report = _fill(replacement.body, block, s, family, cached=cached, **options)
     return replacement
 
 
@@ -145,7 +150,12 @@ def fit_all(
         n_jobs: fits at a time, -1 for one a core. By default what the ``parallel_config`` says, else one a core on a CPU and one
             on an accelerator.
         options: those of :func:`fit`.
+
+    Raises:
+        ValueError: as :func:`fit`.
     """
+    if options.get("training") is not None:
+        check_gradients()  # here, since the threads of the fits are not in the caller's mode
     blocks, families = list(blocks), list(families)
     if missing := [block.name for block in blocks if block not in stats]:
         raise ValueError(f"Not in the statistics: {', '.join(missing)}. Capture them first.")

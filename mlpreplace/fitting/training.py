@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..models.forward import check_gradients
 from ..replacements.records import TrainingReport
 from ..runtime.cache import Entry
 from ..statistics.moments import Sample
@@ -155,16 +156,19 @@ def learn(
 ) -> TrainingReport:
     """Train the parameters of ``learners`` in place with Adam and leave them at their best check, which may be the start.
 
+    Also under torch.no_grad().
+
     Args:
         name: of the loss in the report.
         patience: checks without a new best before stopping; None never stops early.
         checkpoint: where to keep the state of every check, to go on from after an interruption.
 
     Raises:
-        ValueError: a start whose loss is not finite.
+        ValueError: a start whose loss is not finite, a call under torch.inference_mode().
     """
+    check_gradients(learners)
     state, start, recent, stopped = TrainingState(learners), time.perf_counter(), [], "finished"
-    with tqdm(total=how.steps, desc=name, unit="step", disable=not progress, leave=False) as bar:
+    with torch.enable_grad(), tqdm(total=how.steps, desc=name, unit="step", disable=not progress, leave=False) as bar:
         if checkpoint is None or not state.load(checkpoint):
             state.record(0, objective.start(), objective.validation())
             if not all(map(math.isfinite, state.curves[0])):
@@ -254,8 +258,9 @@ def train(
         checkpoint: as for :func:`learn`.
 
     Raises:
-        ValueError: no pairs, pairs or a start whose loss is not finite.
+        ValueError: no pairs, pairs or a start whose loss is not finite, a call under torch.inference_mode().
     """
+    check_gradients(body)
     like = next(body.parameters()).detach()
     pairs, unseen = (_Pairs(sample, how.loss, whole_windows, like) for sample in (fitting, validation))
     unseen.energy = pairs.energy

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..models.blocks import block_parameters, layer_parameters
+from ..models.blocks import block_parameters
+from ..models.layers import layer_parameters
 from ..planning.damage import Candidates
 from ..planning.knapsack import Damages
 from ..statistics.moments import Statistics

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..fitting.fit import fit
 from ..fitting.ridge import STREAM_RIDGE
-from ..models.blocks import find_layers, layer_parameters
+from ..models.layers import find_layers, layer_parameters
 from ..replacements.families import Family
 from ..replacements.splice import Plan
 from ..replacements.whole_layers import without_layers

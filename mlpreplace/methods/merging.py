@@ -12,20 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..models.blocks import Block, MLPWeights
+from ..models.blocks import Block
+from ..models.weights import MLPWeights
 from ..replacements.families import Replacement
 from ..replacements.records import FitReport
 from ..replacements.splice import Plan
 from ..replacements.whole_layers import Merged
 from ..statistics.unit_similarity import Units, match
-
-
-def permuted(weights: MLPWeights, order: Tensor) -> MLPWeights:
-    """The same MLP with its hidden units in another order: rows of gate and up, columns of down."""
-    order = order.to(weights.up.device)
-    of_units = {name: getattr(weights, name) for name in ("up", "gate", "up_bias", "gate_bias")}
-    rows = {name: None if t is None else t[order] for name, t in of_units.items()}
-    return MLPWeights(down=weights.down[:, order], down_bias=weights.down_bias, **rows)
 
 
 def merge_mlps(blocks: Sequence[Block], units: Units | None = None, *, cached: bool = False) -> Plan:
@@ -48,7 +41,7 @@ def merge_mlps(blocks: Sequence[Block], units: Units | None = None, *, cached: b
     _check_mergeable(blocks)
     anchor, *others = blocks
     matches = [None if units is None else match(units, anchor, block, cached=cached) for block in others]
-    aligned = [b.weights() if m is None else permuted(b.weights(), m.order) for b, m in zip(others, matches, strict=True)]
+    aligned = [b.weights() if m is None else b.weights().of(m.order) for b, m in zip(others, matches, strict=True)]
     family = Merged(tuple(block.layer for block in blocks))
     plan = {block: Replacement(family, block) for block in blocks}
     body = plan[anchor].body
@@ -61,13 +54,11 @@ def merge_mlps(blocks: Sequence[Block], units: Units | None = None, *, cached: b
 
 
 def _average(weights: Sequence[MLPWeights]) -> dict[str, Tensor]:
-    """State dict of the GatedMLP that is the mean of all, taken in float64."""
-    average = {}
-    for part in ("gate", "up", "down"):
-        for field, name in ((part, f"{part}.weight"), (f"{part}_bias", f"{part}.bias")):
-            if (own := getattr(weights[0], field)) is not None:
-                average[name] = sum(getattr(w, field).to(own.device, torch.float64) for w in weights) / len(weights)
-    return average
+    """State dict of the MLP that is the mean of all, taken in float64."""
+    states = [w.state() for w in weights]
+    return {
+        name: sum(state[name].to(own.device, torch.float64) for state in states) / len(states) for name, own in states[0].items()
+    }
 
 
 def _check_mergeable(blocks: Sequence[Block]) -> None:

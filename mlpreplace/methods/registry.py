@@ -139,7 +139,7 @@ def _capture_blocks(
     if not blocks:
         return {}
     asked = {moment for n in needs for of_kind in n.moments.values() for moment in of_kind}
-    experts = any(block.holds_experts for block in blocks)  # what stands in for them is solved on inputs and sampled pairs
-    if experts:
+    opaque = any(block.opaque for block in blocks)  # what stands in for them is solved on inputs and sampled pairs
+    if opaque:
         asked.add("input")
-    return capture(model, blocks, windows, moments=sorted(asked), sample_windows=sample_windows if experts else 0, **options)
+    return capture(model, blocks, windows, moments=sorted(asked), sample_windows=sample_windows if opaque else 0, **options)

@@ -7,6 +7,7 @@ T makes M T + Y ≈ r_stop. T goes into the MLP's output projection, W ← TᵀW
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +81,9 @@ def fused(block: Block, t: Tensor) -> Replacement:
     """
     own = block.weights()
     t = t.to(device=own.down.device, dtype=torch.float64)
-    state = {"up.weight": own.up, "up.bias": own.up_bias, "gate.weight": own.gate, "gate.bias": own.gate_bias}
-    state |= {"down.weight": t.T @ own.down.double(), "down.bias": None if own.down_bias is None else own.down_bias.double() @ t}
+    bias = None if own.down_bias is None else own.down_bias.double() @ t
     replacement = Replacement(NarrowMLP(block.intermediate_size), block)
-    replacement.body.load_state_dict({name: value for name, value in state.items() if value is not None})
+    replacement.body.load_state_dict(replace(own, down=t.T @ own.down.double(), down_bias=bias).state())
     return replacement
 
 

@@ -12,7 +12,8 @@ from itertools import groupby
 
 from torch import nn
 
-from ..models.blocks import Block, find_layers, layer_parameters
+from ..models.blocks import Block
+from ..models.layers import find_layers, layer_parameters
 from ..planning.allocate import allocate
 from ..replacements.families import Replacement
 from ..replacements.splice import Plan, removed_parameters, sparsity_of

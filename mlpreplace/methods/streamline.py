@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..fitting.fit import fit
 from ..fitting.training import Training, train
-from ..models.blocks import Block, find_layers, find_parts, layer_parameters
+from ..models.blocks import Block
 from ..models.forward import Beside, eval_mode, hidden_states, run_layers, watching
 from ..models.inputs import input_device
+from ..models.layers import find_layers, find_parts, layer_parameters
 from ..replacements.families import Replacement, TwoLayerMLP
 from ..replacements.records import FitReport
 from ..replacements.splice import Plan

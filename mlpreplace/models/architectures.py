@@ -18,7 +18,10 @@ from itertools import permutations, product
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
+
+LINEAR = (nn.Linear, Conv1D, FalconLinear)  # their forward is x Wᵀ + b of their own weight and bias
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Stack:
     """One list of layers, and the paths of the blocks within a layer.
 
     ``up``, ``down``, ``gate`` and ``activation`` locate the neurons of an MLP down(act(up x)) or down(act(gate x) ⊙ up x).
-    Without them the block can be replaced but not narrowed.
+    Where ``gate`` and ``up`` are one module, its first half of outputs is the gate (Phi-3). Without them the block can be
+    replaced but not narrowed.
 
     Raises ValueError where some of ``up``, ``down`` and ``activation`` are given and others are not.
     """
@@ -82,9 +86,12 @@ def _t5(config: PreTrainedConfig) -> Architecture:
 
 
 _GATED = (Stack("layers", ("mlp",), ("self_attn",), "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", "mlp.act_fn"),)
+_FUSED = (("mlp",), ("self_attn",), "mlp.gate_up_proj", "mlp.down_proj", "mlp.gate_up_proj", "mlp.activation_fn")
 _GATED_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2", "gemma3_text")
 ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
     **dict.fromkeys(_GATED_TYPES, _GATED),
+    **dict.fromkeys(("phi3", "glm", "glm4", "glm4v_text"), (Stack("layers", *_FUSED),)),
+    "phi4_multimodal": (Stack("model.layers", *_FUSED),),  # its encoders of images and sounds have lists of layers, too
     "gpt2": _ungated("h", "attn", "mlp", "c_fc", "c_proj", "act"),
     "gpt_neox": _ungated("layers", "attention", "mlp", "dense_h_to_4h", "dense_4h_to_h", "act"),
     "falcon": _ungated("h", "self_attention", "mlp", "dense_h_to_4h", "dense_4h_to_h", "act"),
@@ -242,7 +249,7 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, LINEAR)
 
 
 @torch.no_grad()
@@ -250,7 +257,7 @@ def _guess_neurons(mlp: nn.Module, hidden_size: int) -> dict[str, str] | None:
     """{role: child} for which down(act(up x)) or down(act(gate x) ⊙ up x) is the output of ``mlp``; {} where there are none.
 
     All assignments are tried on random tokens, since names are not reliable. None where the module does not map hidden states
-    [..., hidden] alone, or has no weights to try (meta device).
+    [..., hidden] alone, or has no weights to try (meta device). An activation with weights makes no neurons.
     """
     weight = next(mlp.parameters())
     if weight.is_meta:
@@ -258,13 +265,14 @@ def _guess_neurons(mlp: nn.Module, hidden_size: int) -> dict[str, str] | None:
     # large inputs, for which the activation is not linear
     x = 4 * torch.randn(1, 16, hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
     linear = list(_children(mlp, _is_linear))
-    others = [name for name, _ in mlp.named_children() if name not in linear]
+    others = [n for n, m in mlp.named_children() if n not in linear and next(m.parameters(), None) is None]
     mlp = copy.deepcopy(mlp).eval()
     y = _output(mlp, x)
     if y is None or y.shape != x.shape:
         return None
     errors = {}
-    for activation, names in product(others, permutations(linear)):
+    fused = [(a, b, a) for a, b in permutations(linear)] if len(linear) == 2 else []
+    for activation, names in product(others, [*permutations(linear), *fused]):
         roles = dict(zip(("up", "down", "gate"), names, strict=False)) | {"activation": activation}
         composed = _output(_composed(**{role: mlp.get_submodule(name) for role, name in roles.items()}), x)
         if composed is not None and composed.shape == y.shape:
@@ -273,7 +281,14 @@ def _guess_neurons(mlp: nn.Module, hidden_size: int) -> dict[str, str] | None:
 
 
 def _composed(up: nn.Module, down: nn.Module, activation: nn.Module, gate: nn.Module | None = None):
-    return lambda x: down(activation(up(x)) if gate is None else activation(gate(x)) * up(x))
+    def output(x: Tensor) -> Tensor:
+        if gate is up:
+            a, b = up(x).chunk(2, -1)
+        else:
+            a, b = (up(x), 1) if gate is None else (gate(x), up(x))
+        return down(activation(a) * b)
+
+    return output
 
 
 def _output(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:

@@ -1,22 +1,19 @@
-"""The MLP and attention blocks of a model, its whole layers as blocks, and their parameters.
-
-A removed layer stays in the model, emptied: its attention and its MLP give zero and its norms are skipped, so the residual
-stream passes it unchanged. Indices of layers and of the cache stay valid, whatever an architecture hands from layer to layer.
-The replacement of a layer takes the place of its MLP. With the attention silent and the norms skipped it reads the residual
-stream, and its output is added to the stream.
-"""
+"""The MLP and attention blocks of a model, and their parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import reduce
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch.nn import functional as F
 
-from .architectures import Stack, layer_lists, submodule
+from ..runtime.turns import turn
+from .architectures import Stack, layer_lists, submodule, type_of
+from .weights import Inserted, MLPWeights, check_linear, check_plain, check_unquantized, check_unshared, weight_bias
 
 KINDS = ("mlp", "attention")
 ROLES = ("up", "down", "gate", "activation")  # of the modules that make the neurons of an MLP
@@ -24,18 +21,6 @@ ROLES = ("up", "down", "gate", "activation")  # of the modules that make the neu
 
 class NotApplicable(ValueError):
     """A method does not apply to this model or this block. The rest of a comparison can go on without it."""
-
-
-@dataclass(frozen=True)
-class MLPWeights:
-    """The projections of an MLP in one layout for all layer classes: weights are [out, in]."""
-
-    up: Tensor  # [intermediate, hidden]
-    down: Tensor  # [hidden, intermediate]
-    gate: Tensor | None  # [intermediate, hidden]
-    up_bias: Tensor | None  # [intermediate]
-    down_bias: Tensor | None  # [hidden]
-    gate_bias: Tensor | None  # [intermediate]
 
 
 @dataclass(frozen=True)
@@ -68,19 +53,35 @@ class Block:
         return None not in (self.up, self.down, self.activation)
 
     @property
+    def compressed(self) -> bool:
+        """Whether it holds a module of this package: a replacement, or layers in int8."""
+        return any(isinstance(inner, Inserted) for module in self.modules for inner in module.modules())
+
+    @property
+    def opaque(self) -> bool:
+        """Whether it is an MLP of the model's own without neurons to see: a mixture of experts, or registered without them."""
+        return self.kind == "mlp" and not self.has_neurons and not self.compressed
+
+    @property
     def holds_experts(self) -> bool:
-        """Whether the block is an MLP without neurons of its own: a mixture of experts."""
-        return self.kind == "mlp" and not self.has_neurons
+        """Whether it is a mixture of experts."""
+        return self.opaque and any(_is_mixture(module) for module in self.modules)
 
     @property
     def intermediate_size(self) -> int:
-        if not self.has_neurons:
-            raise NotApplicable(f"{self.name} is no up/down MLP: it has no neurons of its own, and no intermediate size.")
-        return _weight_bias(self.down)[0].shape[1]
+        self._require_neurons(": it has no neurons of its own, and no intermediate size")
+        return weight_bias(self.down)[0].shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.modules[0].parameters()).dtype
+        """The widest precision of its parameters, norms left out where there are others."""
+        chosen = _parameters(self.modules), _all(self.modules), _all([self.host])
+        return next(filter(None, map(_widest, chosen)), torch.get_default_dtype())
+
+    @property
+    def widens(self) -> bool:
+        """Whether it gives a higher precision than it reads: T5 keeps the output projection in float32 beside float16."""
+        return self.has_neurons and torch.promote_types(self.up.weight.dtype, self.down.weight.dtype) != self.up.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -90,20 +91,38 @@ class Block:
 
     def weights(self) -> MLPWeights:
         """Up, gate and down projection as [out, in] tensors. Raises NotApplicable where the block has none."""
-        if not self.has_neurons:
-            raise NotApplicable(
-                f"{self.name} ({self.kind}) is no up/down MLP; its neurons cannot be selected. "
-                "Mean, Linear and LowRank replace any block, TwoLayerMLP a mixture of experts, too."
-            )
-        (up, up_bias), (down, down_bias) = _weight_bias(self.up), _weight_bias(self.down)
-        gate, gate_bias = _weight_bias(self.gate) if self.gate is not None else (None, None)
+        self._require_neurons("; its neurons cannot be selected")
+        (up, up_bias), (down, down_bias) = weight_bias(self.up), weight_bias(self.down)
+        if self.gate is self.up:  # one projection for both, the gate first
+            gate, up = up.chunk(2)
+            gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
+        else:
+            gate, gate_bias = weight_bias(self.gate) if self.gate is not None else (None, None)
         return MLPWeights(up, down, gate, up_bias, down_bias, gate_bias)
 
+    def _require_neurons(self, lacking: str) -> None:
+        if self.has_neurons:
+            return
+        if self.compressed:
+            raise NotApplicable(
+                f"{self.name} is compressed already ({', '.join(type(m).__name__ for m in self.modules)}){lacking}. "
+                "Find, capture and fit the blocks of the dense model."
+            )
+        raise NotApplicable(
+            f"{self.name} ({self.kind}) is no up/down MLP{lacking}. Mean, Linear and LowRank replace any block, "
+            "TwoLayerMLP an MLP without neurons (a mixture of experts), too."
+        )
 
-def _weight_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias [out]."""
-    weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
-    return (weight.T if isinstance(layer, Conv1D) else weight), (None if bias is None else bias.detach())
+
+def block_neurons(block: Block, x: Tensor) -> Tensor:
+    """What its weights say that enters the block's output projection, [tokens, intermediate], in the precision of ``x``."""
+    w = block.weights()
+
+    def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.to(x), None if bias is None else bias.to(x))
+
+    up = project(w.up, w.up_bias)
+    return block.activation(up) if w.gate is None else block.activation(project(w.gate, w.gate_bias)) * up
 
 
 def check_held(weight: Tensor, whose: str) -> Tensor:
@@ -122,11 +141,25 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
     A mixture of experts is one block without neurons of its own. In a model that also reads images, blocks are those of its
     language model. Works on dense and compressed models, also on the meta device.
 
-    Raises ValueError for an unknown kind, for an unknown architecture whose structure does not show where its blocks are, and
-    for a layer without a module that its architecture should have.
+    Raises:
+        ValueError: an unknown kind; an unknown architecture whose structure does not show where its blocks are; a layer without
+            a module that its architecture should have; weights that are quantized, packed or spread over processes; projections
+            of an MLP that are not exactly linear layers (adapted, scaled, normalised, pruned); a module or a weight in two
+            places.
     """
+    with turn(model):  # another thread may have other modules in place
+        blocks = _located(model, kind)
+        for block in blocks:
+            _check_projections(block, type_of(model))
+        check_unshared(model, [path for block in blocks for path in block.paths])
+    return blocks
+
+
+def _located(model: nn.Module, kind: str) -> list[Block]:
+    """All blocks of one kind. Raises ValueError where their parameters are not what they weigh."""
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of block {kind!r}; expected one of {KINDS}.")
+    check_unquantized(model)
     blocks, lists = [], layer_lists(model)
     config = model.config.get_text_config()
     for stack, path, layers in lists:
@@ -136,6 +169,8 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
             for names in groups:
                 modules = tuple(submodule(host, name, where, config.model_type) for name in names)
                 paths = tuple(f"{where}.{name}" for name in names)
+                for path_of_module, module in zip(paths, modules, strict=True):
+                    check_plain(module, path_of_module)
                 neurons = _neurons(stack, host, modules, where, config.model_type) if kind == "mlp" else {}
                 sizes = dict(
                     n_params=sum(p.numel() for p in _parameters(modules)),
@@ -147,16 +182,35 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
 
 
 def _neurons(stack: Stack, host: nn.Module, modules: tuple[nn.Module, ...], where: str, model_type: str) -> dict[str, nn.Module]:
-    """{role: module} of the neurons of an MLP; empty for a mixture of experts and for a replacement."""
-    if hasattr(modules[0], "block_name") or any(_is_mixture(module) for module in modules):
+    """{role: module} of the neurons of an MLP; empty for a mixture of experts, for a replacement and in int8."""
+    paths = {role: path for role in ROLES if (path := getattr(stack, role))}
+    if isinstance(modules[0], Inserted) or (not _all_there(host, paths.values()) and any(map(_is_mixture, modules))):
         return {}
-    paths = {role: getattr(stack, role) for role in ROLES}
-    return {role: submodule(host, path, where, model_type) for role, path in paths.items() if path}
+    neurons = {role: submodule(host, path, where, model_type) for role, path in paths.items()}
+    return {} if any(isinstance(module, Inserted) for module in neurons.values()) else neurons
+
+
+def _all_there(host: nn.Module, paths: Iterable[str]) -> bool:
+    names = {name for name, _ in host.named_modules()}
+    return names.issuperset(paths)
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
     """Experts are one tensor [expert, out, in], or a list of modules."""
-    return any(p.dim() == 3 for p in mlp.parameters()) or any(isinstance(m, nn.ModuleList) for m in mlp.modules())
+    inside = [m for m in mlp.modules() if not isinstance(m, nn.Conv1d)]  # [out, in, taps]
+    return any(isinstance(m, nn.ModuleList) or any(p.dim() == 3 for p in m.parameters(recurse=False)) for m in inside)
+
+
+def _check_projections(block: Block, model_type: str) -> None:
+    """Raise ValueError unless the neurons of ``block`` are made by linear layers and an activation without weights."""
+    names = {module: f"{block.stack}.{block.layer}.{name}" for name, module in block.host.named_modules()}
+    for layer in filter(None, (block.up, block.gate, block.down)):
+        check_linear(layer, names[layer], model_type)
+    if block.has_neurons and any(True for _ in block.activation.parameters()):
+        raise ValueError(
+            f"{names[block.activation]} is an activation with weights of its own, which every replacement would share with the "
+            f"model: register_architecture({model_type!r}, Stack(...)) without up, gate, down and activation."
+        )
 
 
 def evenly(blocks: Sequence[Block], most: int) -> list[Block]:
@@ -174,7 +228,8 @@ def evenly(blocks: Sequence[Block], most: int) -> list[Block]:
 
 def block_parameters(model: nn.Module) -> int:
     """Parameters of all attention and MLP blocks: what sparsity is a share of."""
-    return _count(_parameters(_modules(model, *KINDS)), set())
+    with turn(model):
+        return _count(_parameters(_modules(model, *KINDS)), set())
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -194,14 +249,14 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def _modules(model: nn.Module, *kinds: str) -> tuple[nn.Module, ...]:
-    return tuple(module for kind in kinds for block in find_blocks(model, kind) for module in block.modules)
+    return tuple(module for kind in kinds for block in _located(model, kind) for module in block.modules)
 
 
 def _parameters(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Parameters of ``modules`` except those of norms."""
     for module in modules:
         for child in module.modules():
-            if not _is_norm(child):
+            if not is_norm(child):
                 yield from child.parameters(recurse=False)
 
 
@@ -220,79 +275,15 @@ def _n_active(modules: Iterable[nn.Module], experts: int | None) -> int:
     )
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _holding(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """{path: module} of all modules within ``module`` that have parameters of their own."""
-    return {path: m for path, m in module.named_modules(prefix=prefix) if any(True for _ in m.parameters(recurse=False))}
+def _all(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    return chain.from_iterable(module.parameters() for module in modules)
 
 
-# Whole layers
-
-
-def find_layers(model: nn.Module) -> list[Block]:
-    """Every layer without its attention, as a block from residual stream to residual stream: its MLP and its norms.
-
-    Attention is a block of its own (``find_blocks(model, "attention")``). A replacement of the layer reads the residual stream
-    that enters the layer only where the attention is removed as well (:func:`~mlpreplace.replacements.without_layers`).
-    ``n_params`` is that of the MLP, since norms are not counted.
-
-    Raises:
-        ValueError: an unknown architecture, an encoder-decoder, a layer that holds more than attention, MLP and norms.
-    """
-    stacks = layer_lists(model)
-    if len(stacks) > 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(stacks)} stacks of layers; whole layers are removed from a single one."
-        )
-    attentions, found = find_blocks(model, "attention"), []
-    for mlp in find_blocks(model):
-        name = f"{mlp.stack}.{mlp.layer}"
-        within = [module for block in (mlp, *attentions) if block.layer == mlp.layer for module in block.modules]
-        own = {module for whole in within for module in whole.modules()}
-        # all of the layer and not its children alone: BERT has norms inside of the modules that hold its blocks
-        norms = {path: m for path, m in _holding(mlp.host, name).items() if m not in own}
-        if others := [path for path, m in norms.items() if not _is_norm(m)]:
-            held = others[0].removeprefix(f"{name}.")
-            raise ValueError(f"{name} holds {held!r} beside attention, MLP and norms: it cannot be removed.")
-        places = dict(paths=(*mlp.paths, *norms), modules=(*mlp.modules, *norms.values()))
-        found.append(replace(mlp, name=name, kind="layer", **places, **dict.fromkeys(ROLES)))
-    return found
-
-
-def find_parts(model: nn.Module, layer: int) -> list[Block]:
-    """The smallest modules that hold all weights of a layer and map one tensor to one: its MLP, its norms, and the modules
-    with weights inside its attention. Each can be tuned where it is, while attention itself stays as it is.
-
-    ``n_params`` includes norms. Raises ValueError as :func:`find_layers` does.
-    """
-    whole, mlp = find_layers(model)[layer], find_blocks(model)[layer]
-    units = {mlp.paths[0]: mlp.paths} | {path: (path,) for path in whole.paths[len(mlp.paths) :]}
-    for attention in find_blocks(model, "attention"):
-        if attention.layer == layer:
-            for path, module in zip(attention.paths, attention.modules, strict=True):
-                units |= {name: (name,) for name in _holding(module, path)}
-    parts = []
-    for name, paths in units.items():
-        modules = tuple(model.get_submodule(path) for path in paths)
-        n_params = sum(p.numel() for m in modules for p in m.parameters())
-        sizes = dict(n_params=n_params, n_active_params=n_params)
-        parts.append(replace(whole, name=name, kind="part", **sizes, paths=paths, modules=modules))
-    return parts
-
-
-def layer_blocks(model: nn.Module) -> dict[str, Block]:
-    """{name: block} of all layers and of all their parts."""
-    layers = find_layers(model)
-    return {block.name: block for layer in layers for block in (layer, *find_parts(model, layer.layer))}
-
-
-def layer_parameters(model: nn.Module) -> list[int]:
-    """Parameters of attention and MLP of each layer: what removing the layer saves."""
-    layers = find_layers(model)
-    of_attention = dict.fromkeys((layer.layer for layer in layers), 0)
-    for block in find_blocks(model, "attention"):
-        of_attention[block.layer] += block.n_params
-    return [layer.n_params + of_attention[layer.layer] for layer in layers]
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype | None:
+    """A precision that holds all of ``tensors``; None without one of floating-point numbers."""
+    floating = [t.dtype for t in tensors if t.is_floating_point()]
+    return reduce(torch.promote_types, floating) if floating else None

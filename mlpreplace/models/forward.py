@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..runtime.turns import turn
 from .architectures import layer_lists
 from .blocks import Block
 from .inputs import Batch, input_device, is_seq2seq
@@ -19,14 +20,33 @@ Beside = tuple[tuple, dict]  # positional and keyword arguments of a call other 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode; afterwards every submodule is in its former mode."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
+    """``model`` in eval mode; afterwards every submodule is in its former mode. Other threads wait for their turn.
+
+    Raises ValueError where another thread has claimed the model (see :mod:`~mlpreplace.runtime.turns`).
+    """
+    with turn(model):
+        before = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in before.items():
+                module.training = mode
+
+
+def check_gradients(*models: nn.Module) -> None:
+    """Raise ValueError where gradients cannot be taken: under torch.inference_mode(), and through weights that were made there.
+
+    ``torch.no_grad()`` is no obstacle.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("There are no gradients under torch.inference_mode(), which cannot be lifted inside: leave it first.")
+    for model in models:
+        if made := next((name for name, p in model.named_parameters() if p.is_inference()), None):
+            raise ValueError(
+                f"{made} of {type(model).__name__} was made under torch.inference_mode(), so that no gradient goes through it: "
+                "load, fit or copy.deepcopy(model) outside of it."
+            )
 
 
 def run_layers(model: nn.Module, batch: Batch) -> None:

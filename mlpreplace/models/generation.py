@@ -2,7 +2,7 @@
 
 As in LLM-QAT (Liu et al., 2023, arXiv:2305.17888), the first token of a document is drawn uniformly from the vocabulary and
 all others from the model. Documents that start after the document separator would instead share a few openings, in a model
-tuned to chat those of a chat.
+tuned to chat those of a chat. Where the tokenizer begins a text with a token of its own (Gemma's BOS), so do windows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..runtime.cache import cached
+from ..texts.windows import opening_of
 from .forward import eval_mode
-from .inputs import check_windows, input_device
+from .inputs import check_batch_size, check_context, input_device, is_seq2seq
 
 
 def generate_windows(
@@ -31,8 +32,9 @@ def generate_windows(
     """Token ids [n_windows, seq_len] (int64, on the CPU) that a causal language model generates.
 
     Every window has random numbers of its own, so a smaller request is a prefix of a larger one. Windows hold no special
-    tokens (end of text, end of turn). Where the model draws one, the document ends. After a blank line, as between the
-    documents of :func:`~mlpreplace.load_windows`, the next one starts with a random token.
+    tokens (end of text, end of turn) but for a first one where those of :func:`~mlpreplace.load_windows` begin with it. Where
+    the model draws one, the document ends. After a blank line, as between documents there, the next one starts with a random
+    token.
 
     Args:
         tokenizer: of the model; its special tokens end a document.
@@ -41,34 +43,58 @@ def generate_windows(
         cached: keep every batch on disk.
 
     Raises:
-        ValueError: sizes that are too small, or windows longer than the model's context.
+        ValueError: sizes that are too small, windows longer than the model's context, a model that writes no text, a tokenizer
+            of another model.
     """
-    if n_windows < 1 or seq_len < 2 or batch_size < 1:
-        raise ValueError(f"Expected n_windows ≥ 1, seq_len ≥ 2, batch_size ≥ 1, got {n_windows}, {seq_len}, {batch_size}.")
-    check_windows(torch.empty(0, seq_len, dtype=torch.int64), model)
-    rows = model.config.get_text_config().vocab_size  # of the embedding; some may be padding
-    writable = torch.zeros(rows, dtype=torch.bool)  # [vocab]
-    writable[: len(tokenizer)] = True
-    writable[tokenizer.all_special_ids] = False
-    separator = tokenizer("\n\n", add_special_tokens=False).input_ids
+    if n_windows < 1 or seq_len < 2:
+        raise ValueError(f"Expected n_windows ≥ 1, seq_len ≥ 2, got {n_windows}, {seq_len}.")
+    check_batch_size(batch_size)
+    if not model.can_generate() or is_seq2seq(model):
+        raise ValueError(f"Expected a causal language model, which writes text; got a {type(model).__name__}.")
+    check_context(seq_len, model)
+    writable, separator, opening = _vocabulary(model, tokenizer)
+    if seq_len <= len(opening):
+        raise ValueError(f"Expected seq_len > {len(opening)}, the tokens that the tokenizer begins a text with; got {seq_len}.")
     starts = tqdm(range(0, n_windows, batch_size), desc="sample", unit="batch", disable=not progress, leave=False)
     with eval_mode(model):
-        written = [_write(model, writable, separator, seq_len, seed, start, batch_size, cached=cached) for start in starts]
+        matter = model, writable, separator, opening, seq_len, seed
+        written = [_write(*matter, start, batch_size, cached=cached) for start in starts]
     return torch.cat(written)[:n_windows]
+
+
+def _vocabulary(model: nn.Module, tokenizer) -> tuple[Tensor, list[int], list[int]]:
+    """Which tokens may be written, [vocab]; those between two documents; those that every window begins with."""
+    rows = model.config.get_text_config().vocab_size  # of the embedding; some may be padding
+    separator, opening = tokenizer("\n\n", add_special_tokens=False).input_ids, opening_of(tokenizer)
+    writable = torch.zeros(rows, dtype=torch.bool, device="cpu")
+    writable[: len(tokenizer)] = True
+    writable[[i for i in tokenizer.all_special_ids if i < rows]] = False
+    if max([*separator, *opening], default=0) >= rows or not writable.any():
+        raise ValueError(
+            f"The tokenizer's {len(tokenizer):,} tokens do not fit the model's vocabulary of {rows:,}: another model's tokenizer?"
+        )
+    return writable, separator, opening
 
 
 @cached("sample")
 @torch.inference_mode()
 def _write(
-    model: nn.Module, writable: Tensor, separator: list[int], seq_len: int, seed: int, start: int, batch_size: int
+    model: nn.Module,
+    writable: Tensor,
+    separator: list[int],
+    opening: list[int],
+    seq_len: int,
+    seed: int,
+    start: int,
+    batch_size: int,
 ) -> Tensor:
     """Windows ``start`` to ``start + batch_size - 1``, [batch_size, seq_len]."""
     device = input_device(model)
     randoms = [np.random.default_rng([seed, window]) for window in range(start, start + batch_size)]
     starts = writable.nonzero().squeeze(1).numpy()
     uniform = torch.from_numpy(np.stack([random.random(seq_len) for random in randoms]))  # [windows, seq_len]
-    waiting = [[int(random.choice(starts))] for random in randoms]  # tokens of each window that come before the next drawn one
-    ids = torch.empty(len(randoms), seq_len, dtype=torch.int64)
+    waiting = [[*opening, int(random.choice(starts))] for random in randoms]  # tokens of each window before the next drawn one
+    ids = torch.empty(len(randoms), seq_len, dtype=torch.int64, device="cpu")
     drawn, past = ids[:, 0], None
     for position in range(seq_len):
         if position:

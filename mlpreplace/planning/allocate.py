@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from ..evaluation.perplexity import compare
 from ..fitting.fit import fit
 from ..models.blocks import Block, block_parameters
+from ..models.forward import check_gradients
+from ..models.inputs import check_windows
 from ..replacements.families import Family, LowRank, NarrowMLP, TwoLayerMLP
 from ..replacements.splice import Plan
 from ..statistics.moments import Statistics
 from .candidates import fit_candidates
-from .damage import Candidates, local_damage, second_order_damage
+from .damage import Candidates, check_kl, local_damage, second_order_damage
 from .knapsack import Damages, greedy, knapsack
 from .search import search
 
@@ -78,8 +80,11 @@ def _joint(
         choice = knapsack(savings, priced, target)
         choices[frozenset(choice.items())] = choice
     plans = {key: {block: candidates[block][i] for block, i in choice.items()} for key, choice in choices.items()}
-    measured = compare(model, plans, windows, progress=False) if len(plans) > 1 else {}
-    return choices[min(choices, key=lambda key: measured[key].mean_kl if measured else 0)]
+    if len(plans) == 1:
+        return choices.popitem()[1]
+    kls = {key: measured.mean_kl for key, measured in compare(model, plans, windows, progress=False).items()}
+    check_kl(kls.values())
+    return choices[min(kls, key=kls.__getitem__)]
 
 
 def allocate(
@@ -115,13 +120,18 @@ def allocate(
         rounds: of the search, at most.
 
     Raises:
-        ValueError: unknown strategy, damages that are not one for each candidate, a sparsity outside (0, 1) or beyond what the
-            candidates can save, nothing to measure plans on, a uniform plan of another family or without a block.
+        ValueError: unknown strategy, damages that are not one finite number for each candidate, a sparsity outside (0, 1) or
+            beyond what the candidates can save, nothing to measure plans on, windows the model cannot read or of a single token,
+            a call under torch.inference_mode() where gradients are needed, a uniform plan of another family or without a block.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; expected one of {STRATEGIES}.")
     if not 0 < sparsity < 1:
         raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity}.")
+    if windows is not None:
+        check_windows(windows, model, least=2)
+    if windows is not None and strategy not in ("uniform", "heuristic") and (damages is None or strategy == "search"):
+        check_gradients(model)
     target = sparsity * block_parameters(model)
     if strategy in ("joint", "search") and windows is None:
         raise ValueError(f"strategy={strategy!r} measures plans: pass windows=, validation windows for instance.")

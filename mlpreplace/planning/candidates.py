@@ -18,7 +18,7 @@ ATTENTION_SIZES = (0.05, 0.1, 0.2)  # of LowRank, shares of an attention block's
 
 def narrow_widths(block: Block, steps: int = 16) -> list[Family]:
     """NarrowMLP at ``steps`` − 1 widths, evenly spaced below the block's own; of experts, small dense MLPs of such sizes."""
-    if block.holds_experts:
+    if block.opaque:
         return ladder(block, [i / steps for i in range(1, steps)], [NarrowMLP])
     widths = {round(block.intermediate_size * i / steps) for i in range(1, steps)}
     return [NarrowMLP(w) for w in sorted(widths) if w > 0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..evaluation.perplexity import compare
 from ..models.blocks import Block
+from ..models.forward import eval_mode
+from ..models.inputs import check_windows
 from ..replacements.families import Replacement
 from ..runtime.cache import cached
 from ..statistics.gradients import probe
@@ -49,17 +52,19 @@ def second_order_damage(
         batch_size: windows in one pass, 2 by default.
         cached: keep the result on disk and take it from there.
 
-    Raises ValueError for windows the model cannot read, candidates for another model.
+    Raises ValueError for windows the model cannot read or of a single token, candidates for another model, a call under
+    torch.inference_mode().
     """
     totals = {block: [0.0] * len(fitted) for block, fitted in candidates.items()}
     batches = probe(model, {}, candidates, windows, "sampled", seed=seed, batch_size=batch_size, progress=progress)
-    for _, probes in batches:
-        while probes:  # each is freed before the next batch runs
-            block, p = probes.popitem()
-            for i, replacement in enumerate(candidates[block]):
-                with torch.no_grad():
-                    along = ((replacement(p.x).float() - p.y.float()) * p.gradient).sum(-1)  # [windows, seq_len]
-                totals[block][i] += 0.5 * along.double().square().sum().item()
+    with eval_mode(model):  # also while candidates run, which another thread may put in place
+        for _, probes in batches:
+            while probes:  # each is freed before the next batch runs
+                block, p = probes.popitem()
+                for i, replacement in enumerate(candidates[block]):
+                    with torch.no_grad():
+                        along = ((replacement(p.x).float() - p.y.float()) * p.gradient).sum(-1)  # [windows, seq_len]
+                    totals[block][i] += 0.5 * along.double().square().sum().item()
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return {block: [total / tokens for total in of_block] for block, of_block in totals.items()}
 
@@ -70,7 +75,18 @@ def measured_damage(
     """KL divergence to the dense model when a candidate alone is in place, nats per predicted token on ``windows``.
 
     Costs a pass over the layers from the block on for every candidate.
+
+    Raises ValueError for windows the model cannot read or of a single token, candidates for another model.
     """
+    check_windows(windows, model, least=2)
     plans = {(block, i): {block: r} for block, fitted in candidates.items() for i, r in enumerate(fitted)}
     measured = compare(model, plans, windows, cached=cached, progress=progress)
     return {block: [measured[block, i].mean_kl for i in range(len(fitted))] for block, fitted in candidates.items()}
+
+
+def check_kl(kls: Iterable[float]) -> None:
+    """Raise ValueError unless all of ``kls``, by which plans are chosen, are finite."""
+    if not all(map(math.isfinite, kls)):
+        raise ValueError(
+            "The KL divergence of a plan is not finite: check the model and the replacements (a half-precision overflow?)."
+        )

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..fitting.training import Objective, Tuning, learn
-from ..models.blocks import find_layers, find_parts
-from ..models.forward import eval_mode
+from ..models.forward import check_gradients, eval_mode
 from ..models.inputs import Batch, check_batches, check_windows, input_device, items, on_device
+from ..models.layers import find_layers, find_parts
 from ..replacements.families import Replacement
 from ..replacements.records import TrainingReport
 from ..replacements.splice import Improved, Plan, bodies, check_plan, copied, sharing, spliced
 from ..replacements.whole_layers import Tuned
 from ..runtime.cache import Entry, cached
+from ..runtime.turns import turn
 
 Loss = Callable[[nn.Module, Batch], Tensor]  # the mean over a batch
 
@@ -76,13 +77,16 @@ def tune(
 
     Raises:
         ValueError: an empty plan, no batches, batches without labels and no loss, a plan for another model, a loss of the
-            caller's to be kept, a start whose loss is not finite.
+            caller's to be kept, a start whose loss is not finite, a call under torch.inference_mode().
     """
+    check_gradients(model)
     if cached and loss is not own_loss:
         raise ValueError("A result is kept by the content of what made it, and a loss(model, batch) has none: cached=False.")
-    tuned, data, name = copied(plan), (list(batches), list(validation)), getattr(loss, "__name__", "loss")
-    matter = model, tuned, data, how, seed, name, lambda: batch_objective(model, *data, loss, seed)
-    return Improved(tuned, _train(bodies(tuned), *matter, cached=cached, progress=progress))
+    data, name = (list(batches), list(validation)), getattr(loss, "__name__", "loss")
+    with turn(model):  # also while the plan is copied, in which another thread may have hooks
+        tuned = copied(plan)
+        matter = model, tuned, data, how, seed, name, lambda: batch_objective(model, *data, loss, seed)
+        return Improved(tuned, _train(bodies(tuned), *matter, cached=cached, progress=progress))
 
 
 @cached("trained-plan", fills="learners", key=lambda learners, objective, **matter: (sharing(matter["plan"]), matter))
@@ -104,19 +108,20 @@ def _train(
         raise ValueError("The plan is empty: there is nothing to train.")
     if not any(True for _ in learners.parameters()):
         raise ValueError("Nothing in the plan has parameters, as where blocks are only removed: there is nothing to train.")
-    made = objective()  # of the dense model
-    with _learning(model, plan, learners):
-        return learn(learners, made, how, name=name, checkpoint=checkpoint, progress=progress)
+    with eval_mode(model):
+        made = objective()  # of the dense model
+        with _learning(model, plan, learners):
+            return learn(learners, made, how, name=name, checkpoint=checkpoint, progress=progress)
 
 
 @contextmanager
 def _learning(model: nn.Module, plan: Plan, learners: nn.Module) -> Iterator[None]:
-    """``model`` with ``plan`` in place, in eval mode, frozen but for ``learners``. Afterwards these are frozen, too."""
+    """``model`` with ``plan`` in place, frozen but for ``learners``. Afterwards these are frozen, too."""
     before = {p: p.requires_grad for p in model.parameters()}
     try:
         model.requires_grad_(False)
         learners.requires_grad_(True)
-        with eval_mode(model), spliced(model, plan):
+        with spliced(model, plan):
             yield
     finally:
         learners.requires_grad_(False)
@@ -182,9 +187,10 @@ def with_rest(model: nn.Module, plan: Plan) -> Plan:
             MLPs.
     """
     taken = {path for block in plan for path in block.paths}
-    parts = [part for layer in range(len(find_layers(model))) for part in find_parts(model, layer)]
-    free = [part for part in parts if not any(f"{path}.".startswith(f"{t}.") for path in part.paths for t in taken)]
-    return dict(plan) | {part: Replacement(Tuned(), part) for part in free}
+    with turn(model):
+        parts = [part for layer in range(len(find_layers(model))) for part in find_parts(model, layer)]
+        free = [part for part in parts if not any(f"{path}.".startswith(f"{t}.") for path in part.paths for t in taken)]
+        return dict(plan) | {part: Replacement(Tuned(), part) for part in free}
 
 
 def heal(
@@ -213,15 +219,17 @@ def heal(
         ``report.improved`` says so.
 
     Raises:
-        ValueError: an empty plan or one without parameters, windows the model cannot read, a plan for another model, a start
-            whose loss is not finite.
+        ValueError: an empty plan or one without parameters, windows the model cannot read or of a single token, a plan for
+            another model, a start whose loss is not finite, a call under torch.inference_mode().
     """
+    check_gradients(model)
     for ids in (windows, validation):
-        check_windows(ids, model)
-    check_plan(model, plan)
-    healed, data = copied(plan), (windows, validation)
-    matter = model, healed, data, how, seed, "kl", lambda: _distillation(model, *data, how, seed, cached)
-    return Improved(healed, _train(bodies(healed), *matter, cached=cached, progress=progress))
+        check_windows(ids, model, least=2)
+    with turn(model):
+        check_plan(model, plan)
+        healed, data = copied(plan), (windows, validation)
+        matter = model, healed, data, how, seed, "kl", lambda: _distillation(model, *data, how, seed, cached)
+        return Improved(healed, _train(bodies(healed), *matter, cached=cached, progress=progress))
 
 
 @dataclass

@@ -17,6 +17,13 @@ Savings = Mapping[Hashable, Sequence[int]]
 Damages = Mapping[Hashable, Sequence[float]]
 
 
+def _check_finite(damages: Damages) -> None:
+    """Raise ValueError, naming the blocks, unless every damage is a finite number: no choice could go by it."""
+    broken = [getattr(b, "name", str(b)) for b, of_block in damages.items() if not np.isfinite(np.asarray(of_block, float)).all()]
+    if broken:
+        raise ValueError(f"Damages are not finite for {', '.join(broken)}: check the fits, the model and the windows.")
+
+
 def _hull(savings: Sequence[int], damages: Sequence[float]) -> list[int]:
     """Indices of the lower convex hull of damage over saving, from the point (0, 0) of the untouched block on."""
     points = sorted((s, d, i) for i, (s, d) in enumerate(zip(savings, damages, strict=True)) if s > 0)
@@ -37,7 +44,10 @@ def greedy(savings: Savings, damages: Damages, target: float) -> dict[Hashable, 
 
     The steps follow each block's lower convex hull, so that the greedy choice is optimal up to the last step. That step takes the
     candidate of least damage that reaches the target and saves no more than the hull's.
+
+    Raises ValueError for a damage that is not finite.
     """
+    _check_finite(damages)
     steps = []
     for block in savings:
         s0, d0 = 0, 0.0
@@ -66,11 +76,10 @@ def knapsack(savings: Savings, damages: Damages, target: float, *, exactly_one: 
     Raises:
         ValueError: no choice saves enough, or a damage is not finite.
     """
+    _check_finite(damages)
     items = [(block, i) for block in savings for i in range(len(savings[block]))]
     saving = np.array([savings[block][i] for block, i in items], dtype=np.int64)
     cost = np.array([damages[block][i] for block, i in items], dtype=float)
-    if broken := sorted({str(block) for (block, _), d in zip(items, cost, strict=True) if not np.isfinite(d)}):
-        raise ValueError(f"Damages are not finite for {', '.join(broken)}.")
     if not items:
         raise ValueError("There are no candidates to choose from.")
     rows = {block: n for n, block in enumerate(savings)}

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from ..fitting.ridge import centred, least_squares
 from ..models.blocks import Block
 from ..models.forward import Pass, Walk, copied_state, eval_mode, hidden_states, token_rows
-from ..models.inputs import check_windows
+from ..models.inputs import check_batch_size, check_windows
 from ..replacements.families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP
 from ..replacements.splice import Improved, Plan, bodies, check_plan, copied, spliced
 from ..runtime.cache import cached
 from ..runtime.memory import WINDOWS
+from ..runtime.turns import turn
 
 TARGETS = ("output", "stream")
 DAMPING = 1e-2  # for channels to which a norm gives little gain, relative to the mean squared gain
@@ -114,10 +115,12 @@ def refit(
     if not ridge >= 0:
         raise ValueError(f"Expected ridge ≥ 0, got {ridge}.")
     check_windows(windows, model)
-    check_plan(model, plan)
-    new = copied(plan)
-    matter = model, new, windows, towards, ridge, batch_size or WINDOWS
-    return Improved(new, _refit(bodies(new), *matter, cached=cached, progress=progress))
+    check_batch_size(batch_size)
+    with turn(model):  # also while the plan is copied, in which another thread may have hooks
+        check_plan(model, plan)
+        new = copied(plan)
+        matter = model, new, windows, towards, ridge, batch_size or WINDOWS
+        return Improved(new, _refit(bodies(new), *matter, cached=cached, progress=progress))
 
 
 @cached("refit", fills="learners")
@@ -156,7 +159,8 @@ def _refit(
                 if layer == first and len(here) == 1:
                     _check_added(block, target, present)
                 rest = _without(present)
-                regression.add(token_rows(out.features(present.x)), *_errors(target, present, towards))
+                features = out.features(present.x.to(plan[block].precision or present.x.dtype))
+                regression.add(token_rows(features), *_errors(target, present, towards))
                 inputs.append(present.x.cpu())
                 compressed.states[i] = copied_state(present.with_stream(rest), "cpu")
             if block is not None:

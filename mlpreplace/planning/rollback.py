@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..evaluation.perplexity import compare
+from ..models.inputs import check_windows
 from ..replacements.families import Replacement
 from ..replacements.splice import Improved, Plan, removed_parameters
 from ..runtime.memory import WINDOWS
-from .damage import Candidates, local_damage
+from .damage import Candidates, check_kl, local_damage
 from .knapsack import greedy
 
 
@@ -44,8 +45,10 @@ def rollback(
         kl_after (nats per token), kept.
 
     Raises:
-        ValueError: no validation error, windows the model cannot read, a plan for another model.
+        ValueError: no validation error, windows the model cannot read or of a single token, a plan for another model, damages or
+            KL divergences that are not finite.
     """
+    check_windows(windows, model, least=2)
     options = {block: [*candidates.get(block, ()), *([plan[block]] if block in plan else ())] for block in {**candidates, **plan}}
     damages = local_damage(options)
     damage = {r: d for block, fitted in options.items() for r, d in zip(fitted, damages[block], strict=True)}
@@ -54,6 +57,7 @@ def rollback(
     for number in range(rounds):
         without = {block: {b: r for b, r in best.items() if b != block} for block in best}
         measured = compare(model, {None: best, **without}, windows, **how)
+        check_kl(m.mean_kl for m in measured.values())
         kl = measured.pop(None).mean_kl
         worth = {block: (kl - m.mean_kl) / max(removed_parameters({block: best[block]}), 1) for block, m in measured.items()}
         proposals = {}

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..evaluation.perplexity import compare
 from ..models.blocks import Block
-from ..models.forward import eval_mode
+from ..models.forward import check_gradients, eval_mode
+from ..models.inputs import check_batch_size, check_windows
 from ..replacements.families import Replacement
 from ..replacements.splice import Improved, Plan
 from ..runtime.cache import cached
@@ -60,8 +61,11 @@ def search(
 
     Raises:
         ValueError: a replacement in ``plan`` that is no candidate, candidates for another model, windows the model cannot
-            read.
+            read or of a single token, prices that are not finite, a call under torch.inference_mode().
     """
+    check_windows(windows, model, least=2)
+    check_batch_size(batch_size)
+    check_gradients(model)
     options: dict[Block, list[Option]] = {block: [None, *fitted] for block, fitted in candidates.items()}
     chosen = _chosen(plan, options)
     savings = {b: [0 if o is None else b.n_params - o.n_params for o in of_block] for b, of_block in options.items()}

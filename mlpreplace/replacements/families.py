@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..models.blocks import Block
+from ..models.weights import Inserted
 from .kv_cache import Past
 from .modules import MLP, Constant, Sum, mlp_like
 from .records import FitReport
@@ -37,6 +39,7 @@ class Family:
     """
 
     looks_back: ClassVar[bool] = False  # whether an output depends on the inputs of earlier tokens
+    keeps_precision: ClassVar[bool] = False  # whether ``build`` gives each parameter its precision; else it is the block's
 
     def __init_subclass__(cls) -> None:
         FAMILIES[cls.__name__] = cls
@@ -145,8 +148,8 @@ class NarrowMLP(Family):
 
     @classmethod
     def nearest(cls, block: Block, n_params: float) -> Family:
-        """The TwoLayerMLP of that size where the block is a mixture of experts: it has no neurons of its own to keep."""
-        return TwoLayerMLP.nearest(block, n_params) if block.holds_experts else super().nearest(block, n_params)
+        """The TwoLayerMLP of that size where the block has no neurons of its own to keep: a mixture of experts."""
+        return TwoLayerMLP.nearest(block, n_params) if block.opaque else super().nearest(block, n_params)
 
     def n_params(self, block: Block) -> int:
         weights = block.weights()  # raises where the block has none
@@ -200,7 +203,7 @@ class NarrowPlusLinear(Family):
         Within 3 % of the best split's validation error at 6, 12.5, 25 and 50 % of MLPs of a 135M-parameter Llama. For a mixture
         of experts, what ``NarrowMLP.nearest`` gives.
         """
-        if block.holds_experts:
+        if block.opaque:
             return NarrowMLP.nearest(block, n_params)
         rank = block.hidden_size / 6 * (1 - n_params / block.n_params)
         linear = LowRank.nearest(block, min(2 * block.hidden_size * rank, n_params / 2))
@@ -225,8 +228,11 @@ def ladder(block: Block, shares: Iterable[float], families: Iterable[type[Family
     return list(found)
 
 
-class Replacement(nn.Module):
+class Replacement(Inserted):
     """A module that takes a block's place: its family, its fitted body, and the report of the fit.
+
+    It is in the widest precision of the block's parameters, reads any other, and gives what the block gave: the precision it
+    read, or its own where the block has an output projection in a higher one (T5).
 
     Raises ValueError for attention and a family that looks at earlier tokens.
     """
@@ -240,7 +246,10 @@ class Replacement(nn.Module):
         self.block_name = block.name
         self.report: FitReport | None = None
         self.past: Past | None = None  # of the running call, where the family looks back
-        self.body = family.build(block).to(device=block.device, dtype=block.dtype).eval()
+        self.widens = block.widens
+        with block.device:  # whatever the default device is
+            body = family.build(block)
+        self.body = (body if family.keeps_precision else body.to(block.dtype)).eval()
         for parameter in self.parameters():
             parameter.requires_grad_(False)
         self.n_active_params = family.n_active_params(block)
@@ -254,8 +263,21 @@ class Replacement(nn.Module):
         """All of its parameters, also where other replacements share its body."""
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def precision(self) -> torch.dtype | None:
+        """Of what its body reads; None where the body reads any."""
+        floating = (p.dtype for p in self.body.parameters() if p.is_floating_point())
+        return None if self.family.keeps_precision else next(floating, None)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.body(hidden_states, self.past) if self.family.looks_back else self.body(hidden_states)
+        given, own = hidden_states.dtype, self.precision
+        if own is None or own == given:
+            return self._map(hidden_states)
+        y = self._map(hidden_states.to(own))
+        return y if self.widens else y.to(given)
+
+    def _map(self, x: Tensor) -> Tensor:
+        return self.body(x, self.past) if self.family.looks_back else self.body(x)
 
     def extra_repr(self) -> str:
         return f"{self.family} for {self.block_name}, {self.n_params:,} parameters"

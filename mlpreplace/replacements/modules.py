@@ -48,9 +48,37 @@ class MLP(nn.Module):
         return self.down(self.neurons(x))
 
 
-def mlp_like(block: Block, width: int) -> MLP:
+class FusedMLP(nn.Module):
+    """An :class:`MLP` whose gate and up are one projection, the gate first (Phi-3). Last bits of a product depend on that.
+
+    It reads the state dict of an :class:`MLP`, too.
+    """
+
+    def __init__(self, gate_up: nn.Linear, down: nn.Linear, activation: nn.Module):
+        super().__init__()
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """[..., hidden] → [..., width]: what enters the output projection."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.activation(gate) * up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.neurons(x))
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest) -> None:
+        for leaf in ("weight", "bias"):
+            halves = [state.pop(f"{prefix}{half}.{leaf}", None) for half in ("gate", "up")]
+            if None not in halves:
+                state[f"{prefix}gate_up.{leaf}"] = torch.cat(halves)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def mlp_like(block: Block, width: int) -> MLP | FusedMLP:
     """An MLP of the block's own form with ``width`` neurons."""
     d = block.hidden_size
+    if block.gate is not None and block.gate is block.up:
+        return FusedMLP(_linear_like(block.up, d, 2 * width), _linear_like(block.down, width, d), block.activation)
     gate = None if block.gate is None else _linear_like(block.gate, d, width)
     return MLP(gate, _linear_like(block.up, d, width), _linear_like(block.down, width, d), block.activation)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.blocks import Block
+from ..models.weights import MLPWeights
 from .families import Family, NarrowMLP
 
 
@@ -21,6 +22,7 @@ class NestedGatedMLP(nn.Module):
     """An MLP that uses its first ``widths[level]`` neurons, by views of its weights.
 
     At the block's own width it is the block itself, bit for bit: neurons in their original order and the block's output weights.
+    (Up to the last bits where one projection of the block is gate and up, as in Phi-3: here they are two.)
     """
 
     def __init__(self, block: Block, widths: tuple[int, ...], level: int):
@@ -54,7 +56,7 @@ class NestedGatedMLP(nn.Module):
         return sum(t.numel() for t in of_neurons) + len(self.down) * (self.width + (self.down_bias is not None))
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.level)  # in the state dict, so that cached results of two levels differ
+        return torch.tensor(self.level, device="cpu")  # in the state dict, so that cached results of two levels differ
 
     def set_extra_state(self, state: Tensor) -> None:
         self.level = int(state)
@@ -75,10 +77,9 @@ class NestedGatedMLP(nn.Module):
 
     def narrowed(self, level: int) -> dict[str, Tensor]:
         """State dict of the NarrowMLP that equals ``level``, a level below the block's own width."""
-        k = self.widths[level]
-        rows = {"up.weight": self.up, "gate.weight": self.gate, "up.bias": self.up_bias, "gate.bias": self.gate_bias}
-        state = {name: t[:k] for name, t in rows.items() if t is not None} | {"down.weight": self.down[:, :k]}
-        return state if self.down_bias is None else state | {"down.bias": self.down_bias[level]}
+        bias = None if self.down_bias is None else self.down_bias[level]
+        weights = MLPWeights(self.up, self.down, self.gate, self.up_bias, bias, self.gate_bias)
+        return weights.of(torch.arange(self.widths[level], device=self.up.device)).state()
 
 
 @dataclass(frozen=True)

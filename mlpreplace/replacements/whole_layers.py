@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import Block, find_blocks, find_layers
+from ..models.blocks import Block, find_blocks
+from ..models.layers import find_layers
 from .families import Family, Replacement
 from .modules import mlp_like
 
@@ -34,6 +36,8 @@ class Removed(Family):
 class Tuned(Family):
     """A copy of the block, to be trained. As many parameters as the block, so it saves none."""
 
+    keeps_precision: ClassVar[bool] = True
+
     def n_params(self, block: Block) -> int:
         return sum(p.numel() for module in block.modules for p in module.parameters())
 
@@ -48,7 +52,7 @@ def without_layers(
     """The plan that removes ``layers``.
 
     Args:
-        stand_ins: {removed layer: replacement of its block from :func:`~mlpreplace.models.blocks.find_layers`}. A stand-in reads
+        stand_ins: {removed layer: replacement of its block from :func:`~mlpreplace.models.layers.find_layers`}. A stand-in reads
             the residual stream that enters the layer and adds to it.
 
     Raises:

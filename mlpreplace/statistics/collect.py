@@ -86,9 +86,11 @@ def in_parts(
 
     A batch holds windows of one part only. ``sample_windows`` None samples all windows that are fitted on.
 
-    Raises ValueError where no window is left to fit on.
+    Raises ValueError where no window is left to fit on, and for numbers of windows below 0.
     """
     windows = items(whole)
+    if validation_windows < 0 or (sample_windows or 0) < 0:
+        raise ValueError(f"Expected 0 windows or more, got {validation_windows=}, {sample_windows=}.")
     if (fitted := windows - validation_windows) < 1:
         raise ValueError(f"{windows} windows minus validation_windows={validation_windows} leave none to fit on.")
     sampled = fitted if sample_windows is None else min(sample_windows, fitted)

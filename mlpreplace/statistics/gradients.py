@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..models.blocks import Block
-from ..models.forward import Beside, State, eval_mode, hidden_states, place_of, watching, with_hidden_states
-from ..models.inputs import check_windows, input_device
+from ..models.forward import Beside, State, check_gradients, eval_mode, hidden_states, place_of, watching, with_hidden_states
+from ..models.inputs import check_batch_size, check_windows, input_device
 from ..replacements.splice import Plan, spliced
 
 OBJECTIVES = ("kl", "sampled")
@@ -68,11 +68,14 @@ def probe(
         as it was, so the iterator may be left early. Memory: one batch.
 
     Raises:
-        ValueError: an unknown objective, windows the model cannot read, no blocks, blocks or a plan of another model.
+        ValueError: an unknown objective, windows the model cannot read or of a single token, no blocks, blocks or a plan of
+            another model, a call under torch.inference_mode(). The iterator: a model or a plan that gives NaN.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"Unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}.")
-    check_windows(windows, model)
+    check_windows(windows, model, least=2)
+    check_batch_size(batch_size)
+    check_gradients(model)
     blocks = list(blocks)
     if not blocks:
         raise ValueError("There is no block to probe.")
@@ -116,7 +119,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     """Of next tokens, in at least float32: [windows, seq_len - 1, vocab]."""
     logits = model(ids, use_cache=False).logits[:, :-1]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    found = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    if bool(found.isnan().any()):
+        raise ValueError("The probabilities are not finite: check the model and the plan in it (a half-precision overflow?).")
+    return found
 
 
 def _objective(log_q: Tensor, log_p: Tensor | None, generator: torch.Generator) -> Tensor:

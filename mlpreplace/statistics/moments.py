@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..runtime.cache import cached
 from ..runtime.memory import free_bytes, halving, windows_at_once
 from .collect import Collector, collect, in_parts
 from .records import MOMENTS, SUMS, BlockStatistics, Sample, Statistics
+from .weight_check import WeightCheck
 
 PATCHES = 1024  # of an image, at most, where memory is estimated
 
@@ -28,8 +30,16 @@ class Accumulator:
     where its activations are, in their precision (float32 for half precision). They are added up in float64 on ``home``.
     """
 
-    def __init__(self, collector: Collector, stack: str, moments: Collection[str], home: torch.device | None = None):
+    def __init__(
+        self,
+        collector: Collector,
+        stack: str,
+        moments: Collection[str],
+        home: torch.device | None = None,
+        precision: torch.dtype | None = None,
+    ):
         self.collector, self.stack, self.moments, self.home = collector, stack, set(moments), home
+        self.precision = precision  # of sampled inputs, where it is not that of the input
         self.sums = BlockStatistics()
         self.samples: dict[tuple[str, str], list[Tensor]] = {}  # {(part, field): batches}
         self.x: Tensor | None = None  # of the running batch
@@ -62,7 +72,8 @@ class Accumulator:
             if "input" in self.moments:
                 self._add(xy=self._rows(self.x).T @ rows)
         if self.collector.part:
-            self._sample(x=self.x, y=y, mask=torch.ones(y.shape[:2], dtype=torch.bool) if real is None else real)
+            x = self.x if self.precision is None else self.x.to(self.precision)
+            self._sample(x=x, y=y, mask=torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if real is None else real)
         self.x = None
 
     def stream(self, output: State) -> None:
@@ -108,15 +119,31 @@ class _Moments(Collector):
 
     def __init__(self, blocks: Collection[Block], moments: Collection[str], home: Mapping[Block, torch.device]):
         super().__init__(block.stack for block in blocks)
-        self.of = {block: Accumulator(self, block.stack, moments, home[block]) for block in blocks}
+        self.of = {block: Accumulator(self, block.stack, moments, home[block], block.dtype) for block in blocks}
         self.of_neurons = not {"hidden", "cross"}.isdisjoint(moments)
+        self.ran: set[Block] = set()  # in the running batch
 
     def watch(self, hooks: ExitStack) -> None:
         for block, a in self.of.items():
-            hooks.enter_context(watching(block.modules[0], block.modules[-1], enter=a.enter, leave=a.leave))
+            enter = partial(self._enter, block)
+            hooks.enter_context(watching(block.modules[0], block.modules[-1], enter=enter, leave=a.leave))
             hooks.enter_context(watching(block.host, leave=a.stream))
             if self.of_neurons and block.has_neurons:
                 hooks.enter_context(watching(block.down, enter=a.hidden))
+            WeightCheck(self, block).watch(hooks)
+
+    def start(self, *args) -> None:
+        super().start(*args)
+        self.ran.clear()
+
+    def _enter(self, block: Block, x: Tensor, _) -> None:
+        if block in self.ran:
+            raise ValueError(
+                f"{block.name} runs several times in one pass, on other inputs each time: which of them to fit is not defined. "
+                "Give each pass layers of its own, with copy.deepcopy."
+            )
+        self.ran.add(block)
+        self.of[block].enter(x)
 
 
 @cached("capture")
@@ -155,7 +182,8 @@ def capture(
 
     Raises:
         ValueError: unknown moment, no window left to fit on, windows longer than the model's context, a mask beside a batch, an
-            activation that is not finite (with the name of the block), blocks of another model.
+            activation that is not finite (with the name of the block), blocks of another model, a block that runs several times
+            in one pass, a block whose weights are not what it computes.
     """
     blocks, whole = list(blocks), as_batch(windows, model, mask)
     if unknown := set(moments) - set(MOMENTS):

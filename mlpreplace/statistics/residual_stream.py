@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..models.architectures import layer_lists
 from ..models.blocks import Block, find_blocks
-from ..models.forward import State, hidden_states, watching
+from ..models.forward import State, eval_mode, hidden_states, watching
 from ..models.inputs import as_batch, input_device, items
 from ..replacements.splice import check_attention
 from ..runtime.cache import cached
@@ -26,6 +26,7 @@ from ..runtime.memory import WINDOWS, halving
 from .collect import Collector, collect, in_parts
 from .moments import Accumulator
 from .records import BlockStatistics
+from .weight_check import WeightCheck
 
 
 @dataclass(frozen=True, order=True)
@@ -116,7 +117,7 @@ class _Movement(_Recorder):
     def __init__(self, model: nn.Module, blocks: list[Block]):
         super().__init__(model, range(len(layer_lists(model)[0][2]) + 1), blocks)
         self.cosines, self.angles, self.tokens, self.n_windows = 0, 0, 0, 0
-        self.moved = torch.zeros(2, len(blocks), dtype=torch.float64)  # sums of magnitude and of rotation
+        self.moved = torch.zeros(2, len(blocks), dtype=torch.float64, device="cpu")  # sums of magnitude and of rotation
 
     def finish(self) -> None:
         rows = torch.stack([self.rows(self.stack, self.streams[i]) for i in self.depths], 1)  # [tokens, layers + 1, hidden]
@@ -138,7 +139,7 @@ class _Movement(_Recorder):
     def _last_tokens(self) -> Tensor:
         """Positions of each window's last real token among the real tokens of the batch, [batch]."""
         real, (batch, seq_len, _) = self.real[self.stack], self.streams[0].shape
-        counts = torch.full((batch,), seq_len) if real is None else real.sum(1)
+        counts = torch.full((batch,), seq_len, device=self.device) if real is None else real.sum(1)
         return counts.cumsum(0) - 1
 
     def means(self) -> StreamStatistics:
@@ -193,13 +194,14 @@ def capture_stream(
     real = whole.get("attention_mask")
     if not items(whole) or (real is not None and not bool(real.any(1).all())):
         raise ValueError("Every window needs a real token.")
-    _check_removable(model)
-    blocks = [*find_blocks(model, "attention"), *find_blocks(model)]
 
     def run(batch_size: int) -> _Movement:
         return collect(model, in_parts(whole, batch_size), _Movement(model, blocks), name="stream", progress=progress)
 
-    return halving(run, batch_size or WINDOWS).means()
+    with eval_mode(model):  # also where another thread would put other blocks in place
+        _check_removable(model)
+        blocks = [*find_blocks(model, "attention"), *find_blocks(model)]
+        return halving(run, batch_size or WINDOWS).means()
 
 
 class _Spans(_Recorder):
@@ -211,6 +213,11 @@ class _Spans(_Recorder):
         super().__init__(model, {end for s in spans for end in (s.start, s.stop)}, dict.fromkeys(self.before.values()))
         self.of_stream = {span: Accumulator(self, self.stack, ("input",)) for span in spans}
         self.of_mlp = {span: Accumulator(self, self.stack, ("input",)) for span in self.before}
+
+    def watch(self, hooks: ExitStack) -> None:
+        super().watch(hooks)
+        for block in dict.fromkeys(self.before.values()):  # into whose weights a map may be fused
+            WeightCheck(self, block).watch(hooks)
 
     def finish(self) -> None:
         for span, of_stream in self.of_stream.items():
@@ -256,9 +263,10 @@ def capture_spans(
     layers = len(layer_lists(model)[0][2])
     if beyond := [span for span in spans if span.stop > layers]:
         raise ValueError(f"{beyond[0]} goes beyond the {layers} layers of {type(model).__name__}.")
-    _check_removable(model)
 
     def run(batch_size: int) -> _Spans:
         return collect(model, in_parts(whole, batch_size, **parts), _Spans(model, spans), name="spans", progress=progress)
 
-    return halving(run, batch_size or WINDOWS).result()
+    with eval_mode(model):  # also where another thread would put other blocks in place
+        _check_removable(model)
+        return halving(run, batch_size or WINDOWS).result()

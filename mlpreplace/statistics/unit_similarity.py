@@ -25,6 +25,7 @@ from ..models.forward import watching
 from ..models.inputs import Batch, check_batches
 from ..runtime.cache import cached
 from .collect import Collector, collect
+from .weight_check import WeightCheck
 
 CONSTANT = 1e-12  # a unit with a variance below this share of |w|² tr Cov(x) is constant: float32 inputs round to as much
 
@@ -88,6 +89,7 @@ class _Inputs(Collector):
     def watch(self, hooks: ExitStack) -> None:
         for block in self.parts:
             hooks.enter_context(watching(block.modules[0], enter=partial(self._keep, block)))
+            WeightCheck(self, block).watch(hooks)
 
     def _keep(self, block: Block, x: Tensor, _) -> None:
         real = self.real[block.stack]
@@ -113,7 +115,7 @@ def capture_units(model: nn.Module, blocks: Iterable[Block], batches: Iterable[B
 
     Raises:
         ValueError: a block without neurons, no batch, a mask of another shape than the tokens, fewer than two real tokens,
-            activations that are not finite, blocks of another model.
+            activations that are not finite, blocks of another model, a block whose weights are not what it computes.
     """
     blocks, batches = list(blocks), list(batches)
     for block in blocks:
@@ -175,7 +177,7 @@ def cka_map(units: Units, blocks: Sequence[Block], *, progress: bool = True) -> 
         ValueError: blocks that were not captured or are of different stacks; units that are all constant.
     """
     grams = [sum(w.T @ w for w in projections(block)) for block in blocks]  # [hidden, hidden]
-    energy = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)  # ‖Cov(u_a, u_b)‖²
+    energy = torch.zeros(len(blocks), len(blocks), dtype=torch.float64, device="cpu")  # ‖Cov(u_a, u_b)‖²
     pairs = [(i, j) for i in range(len(blocks)) for j in range(i + 1)]
     for i, j in tqdm(pairs, desc="cka", unit="pair", disable=not progress, leave=False):
         between = units.input_covariance(blocks[i], blocks[j])

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from saved_models import address
 from tiny_models import CAUSAL, HIDDEN, INTERMEDIATE, build, random_windows
 from torch import nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
@@ -38,6 +40,38 @@ def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
 def linear(inputs: int = 33, outputs: int = 24, bias: bool = True) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(inputs, outputs, bias=bias)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, 50 * self.weight, self.bias)
+
+
+def halved_forward(layer):
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: Scaled(HIDDEN, HIDDEN, bias=False),
+        halved_forward,
+        nn.utils.parametrizations.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["a class of its own", "a forward of the instance", "weight_norm", "a pruning mask"],
+)
+def test_a_layer_that_does_more_than_its_weight_says_stays_as_it_is(change, llama, windows):
+    """In attention, where such layers may be."""
+    path = "model.layers.1.self_attn.o_proj"
+    llama.requires_grad_(False)  # a pruned layer cannot be copied otherwise
+    if isinstance(made := change(llama.get_submodule(path)), Scaled):
+        llama.set_submodule(path, made)
+    small = quantized(llama)
+    assert type(small.get_submodule(path)) is type(llama.get_submodule(path))
+    assert isinstance(small.get_submodule("model.layers.0.self_attn.o_proj"), Int8Linear)
+    assert relative_error(logits(small, windows), logits(llama, windows)) < 0.1
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -142,7 +176,7 @@ def test_what_is_not_quantized_is_shared(llama):
     assert own.keys() == theirs.keys()
     blocks = tuple(path for kind in KINDS for block in find_blocks(llama, kind) for path in block.paths)
     for name, parameter in theirs.items():
-        assert (parameter is own[name]) != name.startswith(blocks), name
+        assert parameter is not own[name] and (address(parameter) == address(own[name])) != name.startswith(blocks), name
         assert (parameter.dtype == torch.int8) == name.startswith(blocks), name
 
 

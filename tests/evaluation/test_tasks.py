@@ -4,76 +4,33 @@ import json
 import random
 import socket
 
+import lm_tasks
 import numpy as np
 import pytest
 import torch
 from conftest import capture_quietly, fail_after, word_tokenizer
+from lm_tasks import WORDS, direct, evaluated, made_up
 from tiny_models import build, random_windows
+from torch import nn
 
 from mlpreplace import Mean, NarrowMLP, fit, spliced
 from mlpreplace.evaluation.tasks import run
-from mlpreplace.evaluation.tasks.run import BUNDLED_TASKS, TaskResult, evaluate_tasks
+from mlpreplace.evaluation.tasks.run import BUNDLED_TASKS, evaluate_tasks
 from mlpreplace.replacements.hybrids import ConvMLP
 from mlpreplace.texts import assets
 
-WORDS = [f"w{i}" for i in range(100)]
 SIZES = {"bundled/piqa": (1500, 2), "bundled/siqa": (1954, 3), "bundled/csqa": (1221, 5), "bundled/obqa": (500, 4)}
 
 
 @pytest.fixture
 def tokenizer():
-    tokenizer = word_tokenizer(WORDS)
-    tokenizer.eos_token = "[UNK]"  # lm-eval asks for one
-    return tokenizer
-
-
-def made_up(n: int, n_options: int = 2, seed: int = 0) -> str:
-    """Items in the bundled format, of words the tiny tokenizer knows; options of one to three words."""
-    rng = random.Random(seed)
-
-    def words(count):
-        return " ".join(rng.choices(WORDS, k=count))
-
-    lines = []
-    for _ in range(n):
-        options = [f"{letter}. {words(rng.randint(1, 3))}" for letter in "ABCDE"[:n_options]]
-        record = {"passage": words(4), "question": words(rng.randint(2, 6)), "options": "\n".join(options)}
-        lines.append(json.dumps(record | {"answer": rng.choice(options)}))
-    return "\n".join(lines) + "\n"
+    return lm_tasks.tokenizer()
 
 
 @pytest.fixture
 def items(monkeypatch):
     """24 made-up items in the place of each bundled file; call it to take others."""
-
-    def put(text: str) -> None:
-        monkeypatch.setattr(run, "read_member", lambda distribution, member: text.encode())
-
-    put(made_up(24))
-    return put
-
-
-def evaluated(model, tokenizer, task="bundled/piqa", label="a model", **options) -> TaskResult:
-    (result,) = evaluate_tasks(model, tokenizer, [task], label=label, **{"progress": False} | options)
-    return result
-
-
-def log_likelihoods(model, tokenizer, context: str, options: list[str]) -> list[float]:
-    """Of each option after the context, one sequence at a time."""
-    likelihoods = []
-    for option in options:
-        start, ids = len(tokenizer(context).input_ids), torch.tensor([tokenizer(f"{context} {option}").input_ids])
-        with torch.no_grad():
-            log_p = model(ids).logits[0, :-1].double().log_softmax(-1)
-        likelihoods.append(float(log_p.gather(-1, ids[0, 1:, None])[start - 1 :].sum()))
-    return likelihoods
-
-
-def direct(model, tokenizer, docs: list[dict]) -> tuple[list[float], list[list[float]]]:
-    """(whether the likeliest option per character is right, log-likelihoods) of PIQA items."""
-    every = [log_likelihoods(model, tokenizer, f"Question: {d['question']}\nAnswer:", d["choices"]) for d in docs]
-    best = [int(np.argmax(np.array(ll) / [len(c) for c in d["choices"]])) for d, ll in zip(docs, every, strict=True)]
-    return [float(b == d["gold"]) for b, d in zip(best, docs, strict=True)], every
+    return lm_tasks.items(monkeypatch)
 
 
 # lm-eval against direct computations
@@ -170,27 +127,7 @@ def test_unknown_tasks(spec, message, llama, tokenizer, monkeypatch):
 
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch, items):
-    """lm-eval's index with tasks of other kinds: scored by mcc, by perplexity, on generated text; and one without data."""
-    from lm_eval.tasks import TaskManager
-
-    head = "dataset_kwargs: {member: ''}\ntest_split: test\ndoc_to_text: question\n"
-    data = head + "custom_dataset: !function mlpreplace.evaluation.tasks.run.bundled_items\n"
-    choice = "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: gold\n"
-    until = (
-        "output_type: generate_until\ndoc_to_target: '{{choices[gold]}}'\ngeneration_kwargs: {until: ['.'], max_gen_toks: 2}\n"
-    )
-    bodies = {
-        "a_mcc": data + choice + "tag: both\nmetric_list: [{metric: mcc}]\n",
-        "b_acc": data + choice + "tag: both\nmetric_list: [{metric: acc}]\n",
-        "rolling": data
-        + "output_type: loglikelihood_rolling\ndoc_to_target: question\nmetric_list: [{metric: word_perplexity}]\n",
-        "written": data + until + "metric_list: [{metric: exact_match}]\n",
-        "nowhere": head + choice + "dataset_path: /no/such/folder\nmetric_list: [{metric: acc}]\n",
-    }
-    for name, body in bodies.items():
-        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{body}")
-    index = TaskManager(include_defaults=False, include_path=tmp_path)
-    monkeypatch.setattr(run, "_manager", lambda defaults: index)
+    lm_tasks.index(tmp_path, monkeypatch)
 
 
 def test_a_tag_gives_a_result_a_task_and_mcc_an_accuracy(llama, tokenizer, own_tasks):
@@ -255,7 +192,7 @@ def test_everything_is_left_as_it_was(tied, tokenizer, items, capfd):
 def test_a_cached_result_runs_no_model(llama, tokenizer, items, results, monkeypatch):
     first = evaluated(llama, tokenizer, limit=9, cached=True)
     assert len(list(results.iterdir())) == 1
-    monkeypatch.setattr(llama, "forward", fail_after(0, None, AssertionError("the model ran")))
+    monkeypatch.setattr(nn.functional, "embedding", fail_after(0, None, AssertionError("the model ran")))
     second = evaluated(llama, tokenizer, limit=9, cached=True, label="again")
     assert (second.task, second.label, second.metric) == (first.task, "again", first.metric)
     assert all(np.array_equal(getattr(first, n), getattr(second, n)) for n in ("correct", "options", "items"))
@@ -277,7 +214,7 @@ def test_a_cached_result_is_not_used_for_something_else(change, llama, tokenizer
             tokenizer.eos_token = "[UNK]"
         if change == "replacement":
             plan[blocks[1]].body.down.weight.data[0, 0] += 1
-        monkeypatch.setattr(llama, "forward", fail_after(0, None, AssertionError("the model ran")))
+        monkeypatch.setattr(nn.functional, "embedding", fail_after(0, None, AssertionError("the model ran")))
         with pytest.raises(AssertionError, match="the model ran"):
             evaluated(llama, tokenizer, **{"limit": 9, "cached": True} | options)
 

@@ -10,7 +10,7 @@ from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.layer_drop import drop, nearest_ends, runs
 from mlpreplace.methods.shortgpt import shortgpt, shortgpt_spans
 from mlpreplace.methods.uidl import uidl, uidl_spans
-from mlpreplace.models.blocks import layer_parameters
+from mlpreplace.models.layers import layer_parameters
 from mlpreplace.replacements.splice import sparsity_of
 from mlpreplace.replacements.whole_layers import Removed
 from mlpreplace.statistics.residual_stream import Span, StreamStatistics, capture_spans, capture_stream

@@ -13,7 +13,8 @@ from tiny_models import DECODERS, MIXTURES, random_windows
 from mlpreplace import Linear, allocate, capture, find_blocks, load, load_model, save, splice, spliced
 from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.registry import METHODS, calibrate, method, methods_table
-from mlpreplace.models.blocks import block_parameters, layer_parameters
+from mlpreplace.models.blocks import block_parameters
+from mlpreplace.models.layers import layer_parameters
 from mlpreplace.replacements.kv_cache import TokenCount
 from mlpreplace.replacements.splice import sparsity_of
 from mlpreplace.replacements.whole_layers import without_layers
@@ -28,7 +29,7 @@ READ = {  # moments of blocks
     "allocated": {"mlp": {"input", "hidden"}, "attention": {"input"}},
 }
 FUSED = {"replaceme", "replaceme_cosine"}
-REFUSED = dict.fromkeys([*MIXTURES, "gemma2", "gemma3_text"], FUSED)  # nothing to fuse a map into
+REFUSED = dict.fromkeys([*MIXTURES, "gemma2", "gemma3_text", "glm4"], FUSED)  # nothing to fuse a map into
 GENERATE = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 

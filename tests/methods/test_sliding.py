@@ -12,7 +12,7 @@ from tiny_models import batches_for, build, outputs, random_windows
 from mlpreplace import capture, compare, find_blocks, spliced
 from mlpreplace.methods.merging import merge_mlps
 from mlpreplace.methods.sliding import drop_layers, drop_mlps, layers_worth, neighbours, rivals, slide
-from mlpreplace.models.blocks import find_layers
+from mlpreplace.models.layers import find_layers
 from mlpreplace.planning.distil import losses
 from mlpreplace.replacements.splice import removed_parameters, sparsity_of
 from mlpreplace.statistics.unit_similarity import capture_units

@@ -10,7 +10,7 @@ from tiny_models import CAUSAL, random_windows
 from mlpreplace import Training, TwoLayerMLP, splice, spliced
 from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.streamline import _Layer, streamline, streamline_spans, trained_layer
-from mlpreplace.models.blocks import find_layers, find_parts
+from mlpreplace.models.layers import find_layers, find_parts
 from mlpreplace.replacements.splice import sparsity_of
 from mlpreplace.replacements.whole_layers import Removed, Tuned
 from mlpreplace.statistics.residual_stream import Span, capture_spans

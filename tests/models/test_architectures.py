@@ -24,7 +24,12 @@ UNKNOWN = {  # of no registered type; with neurons or not
         t.GPTJConfig(n_embd=32, n_inner=48, n_layer=3, n_head=4, rotary_dim=4, n_positions=64, vocab_size=VOCABULARY),
         True,
     ),
-    "phi3": (t.Phi3ForCausalLM, t.Phi3Config(**GROUPED, pad_token_id=0), False),  # gate and up are one projection
+    "modernbert-decoder": (  # gate and up are one projection
+        t.ModernBertDecoderForCausalLM,
+        t.ModernBertDecoderConfig(**SIZES, local_attention=8, pad_token_id=0),
+        True,
+    ),
+    "bitnet": (t.BitNetForCausalLM, t.BitNetConfig(**GROUPED), False),  # a norm stands before its output projection
 }
 
 
@@ -194,6 +199,18 @@ def test_what_is_registered_and_not_there_is_named(wrong, missing, found, regist
     with pytest.raises(ValueError, match=missing) as error:
         [find_blocks(llama, kind) for kind in ("mlp", "attention")]
     assert found in str(error.value) and "register_architecture('llama', Stack(...))" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [(t.Phi4MultimodalForCausalLM, t.Phi4MultimodalConfig()), (t.Glm4vForConditionalGeneration, t.Glm4vConfig())],
+)
+def test_published_models_that_see_have_their_neurons_in_one_projection(model_class, config, recwarn):
+    with torch.device("meta"):
+        blocks = find_blocks(model_class(config))
+    text = config.get_text_config()
+    assert len(blocks) == text.num_hidden_layers and all(b.gate is b.up for b in blocks) and not recwarn.list
+    assert {(b.hidden_size, b.intermediate_size) for b in blocks} == {(text.hidden_size, text.intermediate_size)}
 
 
 # nested

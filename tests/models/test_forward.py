@@ -93,7 +93,9 @@ def test_follow_finds_the_norm_after_a_block_and_nothing_elsewhere(name, kind, r
         with torch.no_grad(), watching(first, last, leave=other, follow=lambda m, b=block: found.update({b: m}), within=host):
             run_layers(model, batches_for(name)[0])
     after = {"mlp": "post_feedforward_layernorm", "attention": "post_attention_layernorm"}[kind]
-    if name.startswith(("gemma2", "gemma3")):
+    if name == "glm4":
+        after = {"mlp": "post_mlp_layernorm", "attention": "post_self_attn_layernorm"}[kind]
+    if name.startswith(("gemma2", "gemma3")) or name == "glm4":
         assert found == {block: getattr(block.host, after) for block in find_blocks(model, kind)}
     else:
         assert not found

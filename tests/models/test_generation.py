@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import word_tokenizer
 from tiny_models import CAUSAL, CONTEXT, VOCABULARY, build
+from tokenizers.processors import TemplateProcessing
 
 from mlpreplace import perplexity
 from mlpreplace.models import generation
@@ -104,14 +105,15 @@ class _WithBlank:
     """A tokenizer for which a blank line is ``ids``."""
 
     def __init__(self, tokenizer, ids: list[int]):
-        self.tokenizer, self.ids, self.all_special_ids = tokenizer, ids, tokenizer.all_special_ids
+        self.tokenizer, self.ids = tokenizer, ids
+        self.all_special_ids, self.get_vocab = tokenizer.all_special_ids, tokenizer.get_vocab
 
     def __len__(self) -> int:
         return len(self.tokenizer)
 
     def __call__(self, text: str, add_special_tokens: bool):
-        assert text == "\n\n" and not add_special_tokens
-        return type(self.tokenizer("w1"))({"input_ids": self.ids})
+        found = self.tokenizer(text, add_special_tokens=add_special_tokens)
+        return type(found)({"input_ids": self.ids}) if text == "\n\n" and not add_special_tokens else found
 
 
 def test_rows_that_pad_the_vocabulary_are_never_written(llama):
@@ -165,3 +167,60 @@ def test_the_bundled_model_writes_what_it_finds_likely(bundled):
     shuffled = windows[:, torch.randperm(24, generator=torch.Generator().manual_seed(0))]
     likely, unlikely = (perplexity(model, w, progress=False).value for w in (windows, shuffled))
     assert 3 * likely < unlikely
+
+
+def beginning(ids: list[str]):
+    """The tokenizer of words, which begins every text with ``ids``."""
+    made = word_tokenizer(f"w{i}" for i in range(1, VOCABULARY))
+    made.add_special_tokens({"bos_token": "w3", "eos_token": "w4"})
+    tokens = [(word, made.convert_tokens_to_ids(word)) for word in ("w3", "w4", "w5")]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=" ".join([*ids, "$A"]), special_tokens=tokens)
+    return made
+
+
+@pytest.mark.parametrize("ids", [["w3"], ["w3", "w5"]])
+def test_windows_begin_as_texts_do(ids, llama, monkeypatch):
+    """With BOS, where the tokenizer writes it; what follows is drawn from what the model makes of it, and holds none."""
+    made = beginning(ids)
+    windows = generated(llama, made, n_windows=10)
+    opening, rest = windows[:, : len(ids)], windows[:, len(ids) :]
+    assert (opening == torch.tensor(made.convert_tokens_to_ids(ids))).all()
+    assert not torch.isin(rest, torch.tensor(made.all_special_ids)).any() and len(rest[:, 0].unique()) > 5
+    monkeypatch.setattr(generation, "draw", lambda logits, uniform: logits.argmax(-1))
+    windows = generated(llama, made)
+    with torch.no_grad():
+        likeliest = llama(windows).logits[:, len(ids) : -1].argmax(-1)
+    goes_on = ~torch.isin(likeliest, torch.tensor(made.all_special_ids))
+    assert torch.equal(windows[:, len(ids) + 1 :][goes_on], likeliest[goes_on]) and goes_on.float().mean() > 0.5
+
+
+def test_a_bos_that_is_known_but_not_written_begins_no_window(llama):
+    windows = generated(llama, beginning([]), n_windows=10)
+    assert not torch.isin(windows, torch.tensor(beginning([]).all_special_ids)).any()
+
+
+def test_windows_are_longer_than_what_they_begin_with(llama):
+    assert generated(llama, beginning(["w3"]), seq_len=2).shape == (6, 2)
+    with pytest.raises(ValueError, match="seq_len > 2"):
+        generated(llama, beginning(["w3", "w5"]), seq_len=2)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit"])
+def test_only_a_causal_language_model_writes(name, tokenizer):
+    with pytest.raises(ValueError, match="causal language model"):
+        generated(build(name), tokenizer)
+
+
+def test_a_tokenizer_of_another_model_is_refused(llama):
+    large = word_tokenizer(f"w{i}" for i in range(1, 500))
+    large.add_special_tokens({"eos_token": "w400"})
+    assert generated(llama, large).max() < VOCABULARY, "special tokens beyond the model's are not written"
+    for other in (_WithBlank(large, [400]), _begun(large, 400)):
+        with pytest.raises(ValueError, match="500 tokens do not fit the model's vocabulary of 101"):
+            generated(llama, other)
+
+
+def _begun(made, bos: int):
+    word = made.convert_ids_to_tokens(bos)
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{word} $A", special_tokens=[(word, bos)])
+    return made

@@ -242,3 +242,32 @@ def test_an_estimate_needs_validation_windows(llama, windows):
     _, stats = capture_quietly(llama, windows, validation_windows=0)
     with pytest.raises(ValueError, match="validation_windows"):
         allocate(llama, stats, 0.2, progress=False)
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), float("-inf"), np.float32("nan")])
+@pytest.mark.parametrize("strategy", ["greedy", "milp", "joint", "search"])
+def test_a_damage_that_is_no_number_is_refused_by_the_name_of_its_block(strategy, damage, captured):
+    model, blocks, stats = captured
+    candidates = fit_all(blocks, stats, [NarrowMLP(12), NarrowMLP(24)], progress=False)
+    damages = {b: [1.0, damage if b == blocks[1] else 0.5] for b in blocks}
+    options = dict(candidates=candidates, damages=damages, windows=random_windows(4), progress=False)
+    with pytest.raises(ValueError, match=rf"not finite for {blocks[1].name}:"):
+        allocate(model, stats, 0.2, strategy, **options)
+    damages[blocks[1]][1] = 0.5
+    assert sparsity_of(model, allocate(model, stats, 0.2, strategy, **options)) >= 0.2
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "milp", "joint", "search"])
+def test_a_candidate_that_is_not_finite_is_in_no_plan(strategy, both_kinds):
+    """Whether the damages are computed here, or are of the candidates when they were whole."""
+    model, stats, candidates = both_kinds
+    broken = next(b for b in candidates if b.kind == "attention")
+    damages = local_damage(candidates)
+    candidates[broken][0].body.bias.data[3] = float("nan")
+    options = dict(candidates=candidates, windows=random_windows(4), progress=False)
+    with pytest.raises(ValueError, match=rf"not finite for {broken.name}"):
+        allocate(model, stats, 0.5, strategy, **options)
+    damages[broken] = [0.0] * len(damages[broken])  # so that it is taken
+    if strategy == "search":  # the others have no reason to look
+        with pytest.raises(ValueError, match="not finite"):
+            allocate(model, stats, 0.5, strategy, damages=damages, **options)

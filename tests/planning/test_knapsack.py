@@ -104,10 +104,11 @@ def test_a_target_beyond_all_savings():
         knapsack({"a": [10, 20], "b": [10]}, {"a": [1, 2], "b": [1]}, 31)
 
 
-@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
-def test_damages_that_are_no_numbers_are_refused_by_name(damage):
-    with pytest.raises(ValueError, match="not finite for broken"):
-        knapsack({"whole": [10], "broken": [10, 20]}, {"whole": [1.0], "broken": [damage, 2.0]}, 10)
+@pytest.mark.parametrize("choose", [knapsack, greedy])
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), float("-inf")])
+def test_damages_that_are_no_numbers_are_refused_by_name(damage, choose):
+    with pytest.raises(ValueError, match="not finite for broken:"):
+        choose({"whole": [10], "broken": [10, 20]}, {"whole": [1.0], "broken": [damage, 2.0]}, 10)
 
 
 def test_without_candidates_there_is_no_choice():

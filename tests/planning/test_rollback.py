@@ -104,3 +104,12 @@ def test_a_replacement_without_validation_error_is_refused(choices):
     block = next(iter(candidates))
     with pytest.raises(ValueError, match="no validation error"):
         rollback(model, {block: Replacement(NarrowMLP(40), block)}, candidates, windows)
+
+
+def test_a_plan_whose_divergence_is_no_number_is_refused(choices):
+    model, candidates, windows = choices
+    block = next(iter(candidates))
+    broken = copy.deepcopy(candidates[block][0])
+    next(broken.parameters()).data[0] = float("nan")
+    with pytest.raises(ValueError, match="KL divergence of a plan is not finite"):
+        rollback(model, {block: broken}, candidates, windows, progress=False)

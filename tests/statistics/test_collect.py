@@ -91,6 +91,9 @@ def test_parts_hold_every_window_once():
         assert counts == {"train": sampled, None: 11 - held - sampled, "validation": held}
     with pytest.raises(ValueError, match="11 windows minus validation_windows=11 leave none to fit on"):
         in_parts(whole, 4, validation_windows=11)
+    for options in ({"validation_windows": -1}, {"sample_windows": -2}):
+        with pytest.raises(ValueError, match="Expected 0 windows or more"):
+            in_parts(whole, 4, **options)
 
 
 @pytest.mark.parametrize("name", PASSES)

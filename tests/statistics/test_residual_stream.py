@@ -75,7 +75,7 @@ def test_spans_against_a_direct_computation():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt", "falcon"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt", "falcon", "gpt2"])
 def test_padding_changes_nothing(name, side):
     """Windows of different lengths, padded, give what each gives alone."""
     model = build(name).double()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ from torch import nn
 from tqdm import tqdm
 
 from ...models.forward import eval_mode
+from ...models.inputs import check_batch_size, is_seq2seq
 from ...replacements.splice import replacements_of
-from ...runtime.cache import cached
+from ...runtime.cache import cached, key_of
 from ...runtime.fingerprint import fingerprint
 from ...texts.assets import read_member
+from ...texts.windows import opening_of
 
 BUNDLED_TASKS = ("bundled/piqa", "bundled/siqa", "bundled/csqa", "bundled/obqa")
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task has is used; acc_norm is per character of an option
@@ -96,8 +99,9 @@ def evaluate_tasks(
 ) -> list[TaskResult]:
     """Accuracy of ``model`` on tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
 
-    Zero-shot unless the task says otherwise, no chat template. The accuracy is acc_norm (the option of the highest likelihood
-    per character) where a task has it, else acc. The model, the tokenizer and all random states are left as they were.
+    Zero-shot unless the task says otherwise, no chat template. Texts begin with a BOS token where the tokenizer adds one. The
+    accuracy is acc_norm (the option of the highest likelihood per character) where a task has it, else acc. The model, the
+    tokenizer and all random states are left as they were.
 
     Args:
         tasks: bundled names ("bundled/piqa", "bundled/siqa", "bundled/csqa", "bundled/obqa"), and lm-eval's names of tasks,
@@ -113,19 +117,20 @@ def evaluate_tasks(
 
     Raises:
         ValueError: an unknown task, data that could not be loaded, a task without accuracy per item, an empty or misleading
-            label, a limit below 1, or a generation task on left-padded batches with a replacement that looks back (use
-            batch_size=1).
+            label, a limit below 1, a tokenizer without an end of text or that puts tokens behind a text, or a generation task on
+            left-padded batches with a replacement that looks back (use batch_size=1).
     """
-    _check_label(model, label)
-    if limit is not None and limit < 1:
+    if isinstance(tasks, str):
+        raise ValueError(f"Expected a list of tasks, got {tasks!r}: [{tasks!r}].")
+    if limit is not None and (not isinstance(limit, Integral) or limit < 1):
         raise ValueError(f"Expected a limit of at least one item, or None for all; got {limit}.")
-    batch_size = batch_size or REQUESTS
+    check_batch_size(batch_size)
     with eval_mode(model), _lm_eval_state():
-        from lm_eval.models.huggingface import HFLM
-
+        _check_label(model, label)
+        asks = dict(batch_size=batch_size or REQUESTS, add_bos_token=_special_tokens(model, tokenizer))
         loaded = {name: task for spec in tasks for name, task in _load(spec).items()}
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)  # which sets a padding token
-        asked_of = (version("lm_eval"), fingerprint(model), batch_size) if cached else None
+        asked_of = (version("lm_eval"), key_of("evaluate_tasks", model), asks) if cached else None
+        lm = _asker(model, tokenizer, **asks)
         results = []
         for name, task in tqdm(loaded.items(), desc=label, unit="task", disable=not progress, leave=False):
             chosen = _choose(len(task.eval_docs), limit)
@@ -146,6 +151,40 @@ def _check_label(model: nn.Module, label: str) -> None:
             f"The label {label!r} names the base model, and {len(found)} of its blocks are replaced: "
             'say what was spliced, for instance label="NarrowMLP 25 %".'
         )
+
+
+def _special_tokens(model: nn.Module, tokenizer) -> bool | None:
+    """What lm-eval is told about special tokens: None for what the tokenizer adds in front of a text, False for none.
+
+    Raises ValueError for a tokenizer that lm-eval cannot use. It takes the tokens of an option to be those that a context has
+    not, and so cannot tell a token behind every text from one of the option.
+    """
+    if getattr(tokenizer, "eos_token_id", None) is None:
+        raise ValueError("lm-eval needs a tokenizer with an end of text: set tokenizer.eos_token to the token that is meant.")
+    whole, bare = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    opening = opening_of(tokenizer)
+    if is_seq2seq(model) or len(whole) == len(opening) + len(bare):  # an encoder's text stands alone, with all that is added
+        return None
+    if not opening:
+        return False
+    raise ValueError(
+        f"The tokenizer puts {tokenizer.decode(whole[-1:])!r} behind every text, so that no option can follow a question: "
+        "turn that off, tokenizer.add_eos_token = False for instance."
+    )
+
+
+def _asker(model: nn.Module, tokenizer, **options):
+    """lm-eval's interface to ``model`` and a copy of ``tokenizer``, whose padding token it sets."""
+    from lm_eval.models.huggingface import HFLM
+
+    own = vars(model).get("tie_weights")
+    model.tie_weights = lambda *args, **kwargs: None  # a head that was trained apart from the embedding stays apart
+    try:
+        return HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), **options)
+    finally:
+        del model.tie_weights
+        if own is not None:
+            model.tie_weights = own
 
 
 @contextmanager
