@@ -6,44 +6,74 @@ python -m mlpreplace evaluate small
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .evaluation import compare, evaluate_tasks, perplexity_ratio, task_rows
+from .evaluation import Measurement, compare, evaluate_tasks, perplexity_ratio, task_rows
 from .methods import METHODS, calibrate
 from .models import find_blocks, load_model
 from .planning import Healing, allocate, fit_candidates, heal, refit
-from .replacements import Plan, sparsity_of, splice
+from .replacements import Plan, sparsity_of, spliced
+from .runtime.files import new_folder
 from .statistics import capture
 from .storage import export, load, save
+from .storage.card import DELTA, PLAIN, STANDALONE
+from .storage.record import check_base, read_record
 from .texts import load_windows
 
 OURS = ("allocated", "uniform")  # whose plans are of fitted MLPs, which a refit improves
-FORMS = {"delta": "what was replaced", "standalone": "the whole model", "plain": "a checkpoint that transformers loads"}
+FORMS = {DELTA: "what was replaced", STANDALONE: "the whole model", PLAIN: "a checkpoint that transformers loads"}
+NO_ROOM = (MemoryError, torch.OutOfMemoryError)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 2 for a request that cannot be met, with the reason on stderr."""
+    """Run a command; 2 for a request that cannot be met, with the reason in one line on stderr; 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
+        _check_sizes(options)
         options.command(options)
+    except NO_ROOM as error:
+        return _failed(f"out of memory ({error}). Ask for fewer or shorter windows, or for another --device.", 2)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(str(error), 2)
+    except KeyboardInterrupt:
+        return _failed("interrupted, nothing was saved.", 130)
     return 0
+
+
+def _failed(why: str, status: int) -> int:
+    print("error:", " ".join(why.split()), file=sys.stderr)
+    return status
+
+
+def _check_sizes(options: Namespace) -> None:
+    """Raise ValueError for numbers that no command can work with, before there is work."""
+    for name, least in {
+        "windows": 1,
+        "validation_windows": 1,
+        "heldout_windows": 1,
+        "limit": 1,
+        "seq_len": 2,
+        "healing_steps": 0,
+    }.items():
+        if (given := getattr(options, name, least)) < least:
+            raise ValueError(f"--{name.replace('_', '-')} should be {least} or more, got {given}.")
+    if not 0 < getattr(options, "sparsity", 0.5) < 1:
+        raise ValueError(f"Expected 0 < sparsity < 1, got {options.sparsity}.")
 
 
 def compress(options: Namespace) -> None:
     """Plan, splice, measure, save."""
-    if Path(options.out).exists():  # before the work, whose result could not be saved
-        raise FileExistsError(f"{options.out} exists; choose a new folder.")
+    with new_folder(options.out) as out:  # before the work, whose result could not be saved
+        _compress(options, out)
+
+
+def _compress(options: Namespace, out: Path) -> None:
     model, tokenizer = load_model(options.model, device=options.device)
     held = _heldout(options, tokenizer)
     windows, validation = (
@@ -59,29 +89,36 @@ def compress(options: Namespace) -> None:
         plan, report = heal(model, plan, windows, validation, Healing(steps=options.healing_steps), cached=True)
         if not report.improved:
             print("Healing did not lower the validation KL: the plan stays as it was.", file=sys.stderr)
-    compressed = splice(model, plan)
-    measured = _measured(model, compressed, held)
-    made = {name: vars(options)[name] for name in ("method", "text", "windows", "seq_len", "healing_steps")}
-    metrics = made | {f"perplexity ratio on {row['text']}": row["ratio"] for row in measured.to_dict("records")}
-    if options.form == "plain":
-        export(compressed, options.out, metrics=metrics, tokenizer=tokenizer)
-    else:
-        save(compressed, options.out, standalone=options.form == "standalone", metrics=metrics, tokenizer=tokenizer)
+    before, dense = model.num_parameters(), _perplexities(model, held)
+    with spliced(model, plan):  # a copy would take the memory of another model
+        measured = _compared(dense, _perplexities(model, held))
+        made = {name: vars(options)[name] for name in ("method", "text", "windows", "seq_len", "healing_steps")}
+        metrics = made | {f"perplexity ratio on {row['text']}": row["ratio"] for row in measured.to_dict("records")}
+        if options.form == PLAIN:
+            export(model, out, metrics=metrics, tokenizer=tokenizer)
+        else:
+            save(model, out, standalone=options.form == STANDALONE, metrics=metrics, tokenizer=tokenizer)
+        after = model.num_parameters()
     _show(measured)
     print(f"{sparsity_of(model, plan):.1%} of all attention and MLP parameters removed, in {len(plan)} blocks.")
-    print(f"{model.num_parameters():,} parameters became {compressed.num_parameters():,}. Saved in {options.out}.")
+    print(f"{before:,} parameters became {after:,}. Saved in {out}.")
 
 
 def evaluate(options: Namespace) -> None:
     """Measure a saved model beside the one it was made from."""
-    compressed = load(options.folder, device=options.device)
-    record = json.loads((Path(options.folder) / "replacements.json").read_text())
-    if not record["base"]:
-        raise ValueError(f"{options.folder} does not say which model it was made from, so there is nothing to compare it with.")
-    base = record["base"]
+    folder = Path(options.folder).expanduser()
+    record = read_record(folder)
+    if not (base := record["base"]):
+        raise ValueError(f"{folder} does not say which model it was made from, so there is nothing to compare it with.")
     dtype = getattr(torch, record["dtype"])
     model, tokenizer = load_model(base["id"], device=options.device, revision=base["revision"], dtype=dtype)
-    _show(_measured(model, compressed, _heldout(options, tokenizer)))
+    if record["form"] == DELTA:
+        compressed = load(folder, base=model)
+    else:
+        _check_base(record, model, folder)
+        compressed = load(folder, device=options.device)
+    held = _heldout(options, tokenizer)
+    _show(_compared(_perplexities(model, held), _perplexities(compressed, held)))
     if options.tasks:
         results = [
             result
@@ -110,14 +147,28 @@ def _heldout(options: Namespace, tokenizer) -> dict[str, Tensor]:
     return {text: load_windows(text, tokenizer, "heldout", **sizes) for text in options.heldout}
 
 
-def _measured(model: nn.Module, compressed: nn.Module, held: Mapping[str, Tensor]) -> pd.DataFrame:
-    """A row for every text: perplexity of both, their ratio with its 95 % interval."""
-    rows = []
+def _check_base(record: dict, model: nn.Module, folder: Path) -> None:
+    """Raise ValueError where the dense model in hand is not the one that a whole model was made from."""
+    if record["base"]["weights"] is None:
+        print(f"{folder} does not say which weights it was made from: they were not compared.", file=sys.stderr)
+    else:
+        check_base(record, model.source.weights, folder)
+
+
+def _perplexities(model: nn.Module, held: dict[str, Tensor]) -> dict[str, Measurement]:
+    measured = {}
     for text, ids in held.items():
         _say(f"measure on {text}")
-        dense, small = (compare(m, {"": {}}, ids, kl=False)[""] for m in (model, compressed))
-        ratio = perplexity_ratio(small, dense)
-        rows.append((text, ratio.tokens, dense.perplexity, small.perplexity, ratio.value, ratio.low, ratio.high))
+        measured[text] = compare(model, {"": {}}, ids, kl=False)[""]
+    return measured
+
+
+def _compared(dense: dict[str, Measurement], small: dict[str, Measurement]) -> pd.DataFrame:
+    """A row for every text: perplexity of both, their ratio with its 95 % interval."""
+    rows = []
+    for text, own in dense.items():
+        ratio = perplexity_ratio(small[text], own)
+        rows.append((text, ratio.tokens, own.perplexity, small[text].perplexity, ratio.value, ratio.low, ratio.high))
     return pd.DataFrame(rows, columns=["text", "tokens", "dense", "compressed", "ratio", "low", "high"])
 
 
@@ -139,7 +190,7 @@ def _parser() -> ArgumentParser:
     c.set_defaults(command=compress)
     c.add_argument("model", help="bundled/smollm2-135m, a hub id, or a folder")
     c.add_argument("--sparsity", type=float, required=True, help="share of all attention and MLP parameters to remove")
-    c.add_argument("--out", required=True, help="folder to save in, which must not exist")
+    c.add_argument("--out", required=True, help="folder to save in: a new one, or an empty one")
     c.add_argument("--method", choices=METHODS, default="allocated", help="what is removed, and what stands in for it")
     c.add_argument("--healing-steps", type=int, default=0, help="of distillation on the calibration text, on top")
     c.add_argument("--text", default="bundled/mixture", help="to calibrate on: a bundled text, a file or folder, or a data set")

@@ -5,7 +5,7 @@ from conftest import capture_quietly
 from tiny_models import build, random_windows
 
 from mlpreplace import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock, fit
-from mlpreplace.fitting.features import block_neurons
+from mlpreplace.models.blocks import block_neurons
 from mlpreplace.statistics.records import BlockStatistics, Sample
 
 LOOKING_BACK = [ConvMLP(12, kernel=3), AttentionMLP(12, head_dim=4), TransformerBlock(2)]

@@ -16,6 +16,7 @@ from tiny_models import ENCODERS, SEQ2SEQ, VISION_ONLY, build, random_windows
 
 from mlpreplace import Linear, LowRank, NarrowMLP, fit, load, load_model, save, splice
 from mlpreplace.models.loading import Source
+from mlpreplace.runtime.files import SUMS, sha256
 
 TESTS = Path(__file__).resolve().parent
 LOADED_WITH_A_BASE = [*ENCODERS, *SEQ2SEQ, *VISION_ONLY, "llava"]  # load_model loads causal language models
@@ -53,6 +54,25 @@ def saved_and_loaded(name: str, plan, folder):
 
 def record_of(folder) -> dict:
     return json.loads((folder / "replacements.json").read_text())
+
+
+def change_record(folder, change) -> None:
+    """replacements.json after ``change(record)``, and SHA256SUMS that says so."""
+    record = record_of(folder)
+    change(record)
+    (folder / "replacements.json").write_text(json.dumps(record))
+    reseal(folder)
+
+
+def reseal(folder) -> None:
+    """SHA256SUMS of the files as they are now: the folder of somebody who means what it says."""
+    names = [line.partition("  ")[2] for line in (folder / SUMS).read_text().splitlines()]
+    (folder / SUMS).write_text("".join(f"{sha256(folder / name)}  {name}\n" for name in names if (folder / name).exists()))
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Of its memory, which two tensors share that nobody has written to. Asking for data_ptr() would be writing."""
+    return torch._C._data_address(tensor)
 
 
 def run_python(code: str, *arguments) -> None:

@@ -93,7 +93,9 @@ def test_a_request_that_cannot_be_met_says_why_and_leaves_nothing(change, messag
 def test_nothing_is_overwritten(given, tmp_path, capsys):
     folder, _, options, calibration = given
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes").write_text("mine")
     assert main(["compress", folder, "--sparsity", "0.25", "--out", str(tmp_path / "there"), *calibration, *options]) == 2
-    assert "exists; choose a new folder" in capsys.readouterr().err
+    assert "not empty" in (said := capsys.readouterr().err) and "choose another one" in said
+    assert [file.name for file in (tmp_path / "there").iterdir()] == ["notes"]
     assert main(["evaluate", str(tmp_path / "there"), *options]) == 2
     assert "expected a folder written by mlpreplace.save or export" in capsys.readouterr().err

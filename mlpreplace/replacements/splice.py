@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..models.blocks import Block, block_parameters
+from ..runtime.turns import claimed, turn
 from .families import Replacement
 from .kv_cache import cache_among, count_tokens, watch
 from .records import TrainingReport
@@ -109,36 +110,98 @@ def _aligned(replacement: Replacement, device: torch.device) -> list[RemovableHa
 def spliced(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """``model`` with the replacements of ``plan`` in place. Afterwards, also after an exception, it has its own modules again.
 
+    Within, ``model.save_pretrained`` raises (see :func:`refuse_checkpoint`).
+
     Raises ValueError, before anything is changed, where the plan is for another model.
     """
-    check_plan(model, plan)
-    before = [(path, model.get_submodule(path)) for block in plan for path in block.paths]
-    hooks: list[RemovableHandle] = []
-    try:
-        for block, replacement in plan.items():
-            hooks += _put(model, block, replacement)
-        yield model
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for path, module in before:
-            model.set_submodule(path, module)
+    with claimed(model):
+        check_plan(model, plan)
+        before = [(path, model.get_submodule(path)) for block in plan for path in block.paths]
+        own, hooks = {key: vars(model)[key] for key in vars(model).keys() & {"save_pretrained"}}, []
+        try:
+            for block, replacement in plan.items():
+                hooks += _put(model, block, replacement)
+            if plan:
+                model.save_pretrained = refuse_checkpoint
+            yield model
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for path, module in before:
+                model.set_submodule(path, module)
+            vars(model).pop("save_pretrained", None)
+            vars(model).update(own)
 
 
 def splice(model: nn.Module, plan: Plan) -> nn.Module:
-    """A compressed model that shares all other weights with ``model``, which stays as it is."""
-    with spliced(model, plan):
-        shared = {id(t): t for tensors in (model.parameters(), model.buffers()) for t in tensors}
-        compressed = copy.deepcopy(model, shared)
+    """A compressed model, which stands alone: ``model`` stays as it is, whatever is done to the copy, and the other way round.
+
+    The weights that are not replaced, and those of the plan, take no memory of their own until one side writes into them
+    (copy-on-write of PyTorch). Then the written tensor is copied, the others stay shared: after ``.to(dtype)``, a step of an
+    optimizer, ``load_state_dict`` or an edit in place. Code that asks for the address of a weight (``data_ptr``, ``numpy``)
+    counts as a writer. Memory that PyTorch did not allocate, such as a mapped checkpoint, is copied at once. Gradients are not
+    copied, ties between weights are kept.
+
+    ``save_pretrained`` and ``push_to_hub`` of the result raise ValueError (see :func:`refuse_checkpoint`).
+
+    Raises ValueError where the plan is for another model.
+    """
+    with turn(model), spliced(model, plan):
+        compressed = lazy_copy(model)
     for moving in ("to", "cuda"):  # set by accelerate on a model that it spreads; a copy of them would move ``model``
         vars(compressed).pop(moving, None)
     compressed.source = getattr(model, "source", None)
     return compressed
 
 
+def lazy_copy(model: nn.Module, instead: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A deep copy of ``model`` whose tensors are objects of their own, in memory that is shared until one side writes into it.
+
+    Args:
+        instead: {module: what takes its place in the copy, as it is}.
+    """
+    instead = dict(instead or {})
+    kept = [module for module in model.modules() if module not in instead]
+    tensors = [t for module in kept for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    known = {id(module): other for module, other in instead.items()} | {id(t): lazy_clone(t) for t in tensors}
+    return copy.deepcopy(model, known)
+
+
+def lazy_clone(tensor: Tensor) -> Tensor:
+    """A tensor, or parameter, with the content of ``tensor``, in memory that is shared until one side writes into it."""
+    if type(tensor) not in (Tensor, nn.Parameter):  # packed weights, for example, which know how to copy themselves
+        return copy.deepcopy(tensor)
+    try:
+        own = torch._lazy_clone(tensor.detach())
+    except RuntimeError:  # in memory that PyTorch did not allocate
+        own = tensor.detach().clone()
+    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+
+
+def unshared(tensor: Tensor) -> Tensor:
+    """``tensor`` for code that asks for its address: a copy where it shares memory, which would else be copied for good."""
+    if tensor.device.type != "cpu":
+        return tensor.detach().cpu()
+    lazy = type(tensor) in (Tensor, nn.Parameter) and torch._C._is_cow_tensor(tensor)
+    return tensor.detach().clone() if lazy else tensor.detach()
+
+
+def refuse_checkpoint(*args, **kwargs) -> None:
+    """In the place of ``save_pretrained`` of a compressed model, whose checkpoint would be read as one of the dense architecture.
+
+    Raises ValueError.
+    """
+    raise ValueError(
+        "save_pretrained would write a compressed model as a checkpoint of its dense architecture, which loads with random "
+        "weights where blocks were replaced. Use mlpreplace.save(model, folder); or mlpreplace.export(model, folder) for a "
+        "checkpoint that transformers loads, where the architecture has a form for it."
+    )
+
+
 def replacements_of(model: nn.Module) -> dict[str, Replacement]:
     """{block name: replacement} of all replacements in ``model``."""
-    return {m.block_name: m for m in model.modules() if isinstance(m, Replacement)}
+    with turn(model):
+        return {m.block_name: m for m in model.modules() if isinstance(m, Replacement)}
 
 
 def bodies(plan: Plan) -> nn.ModuleList:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models.blocks import NotApplicable, find_blocks
+from ..models.loading import weight_hashes
 from ..runtime.files import ROOT
 from ..runtime.fingerprint import fingerprint
 from ..texts.windows import Text, text_name
@@ -82,25 +83,32 @@ def peak_memory_mb() -> float:
 
 def _git(*arguments: str) -> str | None:
     try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout
 
 
 def git_state(notebook: str | None = None) -> dict:
     """The commit, and whether it is dirty: the package, pins, profiles or this notebook's code cells differ from it.
 
-    Figures and the outputs of cells may differ. The import statements of the notebook may not.
+    Figures and the outputs of cells may differ. The import statements of the notebook may not. Both are None for a tree without
+    git, also where it lies in a repository of something else.
     """
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
+    top, commit = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "HEAD")
+    if commit is None or top is None or not ROOT.samefile(top.rstrip("\n")):
         return {"commit": None, "dirty": None}
     dirty = bool(_git("status", "--porcelain", "--", *CODE))
     if notebook:
         committed = _git("show", f"HEAD:notebooks/{notebook}.ipynb")
-        current = (NOTEBOOKS / f"{notebook}.ipynb").read_text()
+        current = (NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8")
         dirty = dirty or committed is None or _code_cells(committed) != _code_cells(current)
     return {"commit": commit.strip(), "dirty": dirty}
+
+
+def _bos(ids: Tensor, known: int | None) -> int | None:
+    """``known``, the BOS token of a model, where all windows [n, seq_len] begin with it."""
+    return known if known is not None and bool((ids[:, 0] == known).all()) else None
 
 
 class Run:
@@ -117,23 +125,26 @@ class Run:
             raise FileNotFoundError(f"No notebook {notebook!r} in {NOTEBOOKS.name}/.")
         self.notebook, self.parameters, self.start = notebook, dict(parameters), time.time()
         self.facts: dict[str, object] = {"left_out": {}}
-        self.code = code_cells_hash(path.read_text())
+        self.bos: int | None = None  # of the model, as its configuration says
+        self.code = code_cells_hash(path.read_text(encoding="utf-8"))
         self.git = git_state(notebook)
 
     def uses(self, model=None, **windows: tuple[Text, Tensor]) -> None:
         """Note the model and the token windows, as name=(text or mixture, windows).
 
-        Where the MLPs of a model have no neurons of their own, also note which family takes the place of those that keep some.
+        Of the model the record holds the hash of its weights as they are now, wherever they came from. Where its MLPs have no
+        neurons of their own, it also says which family takes the place of those that keep some. Of windows it says
+        with which BOS token of the model all of them begin, None where they do not.
         """
         if model is not None:
-            if experts := [block for block in find_blocks(model) if block.holds_experts]:
-                why = f"{len(experts)} of its MLP blocks hold experts: a TwoLayerMLP of the size asked for, solved on the sampled"
-                why += " windows, stands in for either there"
+            if opaque := [block for block in find_blocks(model) if block.opaque]:
+                why = f"{len(opaque)} of its MLP blocks have no neurons of their own: a TwoLayerMLP of the size asked for, "
+                why += "solved on the sampled windows, stands in for either there"
                 self._leave_out("NarrowMLP and NarrowPlusLinear", why)
-            parameter = next(model.parameters())
-            self.facts["model"] = model.source.as_dict()
+            self.facts["model"] = {**model.source.as_dict(), "weights": fingerprint(weight_hashes(model))}
             self.facts["device"] = ", ".join(dict.fromkeys(str(p.device) for p in model.parameters()))
-            self.facts["dtype"] = str(parameter.dtype).removeprefix("torch.")
+            self.facts["dtype"] = ", ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in model.parameters()))
+            self.bos = getattr(model.config.get_text_config(), "bos_token_id", None)
         texts = self.facts.setdefault("texts", {})
         for name, (text, ids) in windows.items():
             texts[name] = {
@@ -141,6 +152,7 @@ class Run:
                 "windows": ids.shape[0],
                 "sequence_length": ids.shape[1],
                 "tokens": ids.numel(),
+                "bos": _bos(ids, self.bos),
                 "hash": fingerprint(ids),
             }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -19,10 +20,10 @@ LOADING = {
 def model_card(record: Mapping) -> str:
     """A README.md in the format of the Hugging Face hub, from the content of replacements.json."""
     base, parameters = record["base"] or {}, record["parameters"]
-    name = base.get("id", f"a {record['model']}")
+    name = _name(base.get("id", f"a {record['model']}"))
     front = {"library_name": "transformers" if record["form"] == PLAIN else "mlpreplace"}
     if base.get("revision"):  # only models of the hub have one
-        front |= {"base_model": name}
+        front |= {"base_model": json.dumps(base["id"], ensure_ascii=False)}  # json is yaml, too
     if record["model"].endswith("ForCausalLM") or record["model"].endswith("LMHeadModel"):
         front |= {"pipeline_tag": "text-generation"}
     lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "tags:", "- mlpreplace", "- compression", "---", ""]
@@ -41,7 +42,7 @@ def model_card(record: Mapping) -> str:
     lines += ["## Loading", "", "```python", LOADING[kind].format(base=name, model=record["model"]), "```", ""]
     if base:
         found = {"revision": "revision", "sha256": "sha256", "weights": "hash of the weights as they were loaded"}
-        known = [f"{label} `{base[key]}`" for key, label in found.items() if base.get(key)]
+        known = [f"{label} `{_name(base[key])}`" for key, label in found.items() if base.get(key)]
         lines += ["## Base model", "", f"{', '.join([f'`{name}`', *known])}.", ""]
     made = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
     return "\n".join([*lines, f"Made with {made}. `replacements.json` has every block by name.", ""])
@@ -62,4 +63,13 @@ def _table(header: tuple[str, str], rows) -> list[str]:
 
 
 def _cell(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.4g}" if isinstance(value, float) else _line(value).replace("|", "\\|")
+
+
+def _name(value) -> str:
+    return _line(value).replace("`", "'")
+
+
+def _line(value) -> str:
+    """``value`` as text that does not end its line and opens no html."""
+    return " ".join(str(value).split()).replace("<", "&lt;")

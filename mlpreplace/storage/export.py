@@ -13,13 +13,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ..models.architectures import layer_lists
 from ..models.blocks import Block, find_blocks
-from ..models.loading import WIDTHS, empty_model, no_progress_bars
+from ..models.checkpoints import no_progress_bars
+from ..models.loading import WIDTHS, empty_model
 from ..replacements.families import NarrowMLP
-from ..replacements.splice import replacements_of
+from ..replacements.splice import replacements_of, unshared
 from ..replacements.whole_layers import Removed, Tuned
-from ..runtime.files import whole_folder
+from ..runtime.files import new_folder, whole_folder
 from .card import PLAIN
-from .save import describe, load_plain, named_blocks, new_folder, tensors_inside, write_record
+from .rebuild import tensors_inside
+from .record import describe, named_blocks, write_record
+from .save import load_plain, writing
+from .tensors import at_rest
 
 Tensors = dict[str, Tensor]
 INSTEAD = "transformers has no form for that, save(model, folder, standalone=True) writes any model for mlpreplace.load"
@@ -41,30 +45,33 @@ def export(
     some processors depend on the alignment of weights in memory (2.7e-6 on an AMD EPYC).
 
     Args:
-        metrics: measured values that json can hold, for replacements.json and the model card.
+        folder: is made before the work, and may be there already if it is empty.
+        metrics: measured values that json can hold, for replacements.json and the model card. NaN and infinity become null.
         tokenizer: is saved with the model.
 
     Raises:
-        ValueError: nothing was spliced, or a replacement that the architecture cannot express. It can express
-            :class:`NarrowMLP`, :class:`Tuned`, and layers removed by :func:`~mlpreplace.replacements.without_layers`.
-        FileExistsError: ``folder`` exists.
+        ValueError: nothing was spliced; a model that is wrapped (compiled, PEFT, DataParallel); a replacement that the
+            architecture cannot express. It can express :class:`NarrowMLP`, :class:`Tuned`, and layers removed by
+            :func:`~mlpreplace.replacements.without_layers`.
+        FileExistsError: ``folder`` exists and is not empty, or something else was written there meanwhile.
+        OSError: it cannot be made or written; nothing is left there.
     """
-    folder = new_folder(folder)
-    record = describe(model, PLAIN, metrics)
-    if record["int8"]:
-        raise ValueError(f"{record['int8'][0]} computes in int8; {INSTEAD}.")
-    dense = empty_model(type(model), model.config, meta=True)
-    tensors, widths, gone = _unspliced(model, dense)
-    inside, stack = tensors_inside(model), layer_lists(dense)[0][1]
-    buffers = {name: t for name, t in model.named_buffers() if name not in inside}
-    buffers, tensors = (_renumbered(named, stack, gone) for named in (buffers, tensors))
-    plain = _plain(type(model), _shrunk(model.config, dense, widths, gone), tensors)
-    record["widths"] = plain.config.is_heterogeneous
-    with whole_folder(folder) as whole, no_progress_bars():
-        # from_pretrained translates the names of tensors that some architectures have on disk; mlpreplace.load does not
-        plain.save_pretrained(whole, save_original_format=not record["widths"])
-        _read_back(whole, record, buffers | tensors)
-        write_record(whole, model, record, tokenizer)
+    with new_folder(folder) as folder:
+        record = describe(model, PLAIN, metrics)
+        if record["int8"]:
+            raise ValueError(f"{record['int8'][0]} computes in int8; {INSTEAD}.")
+        dense = empty_model(type(model), model.config, meta=True)
+        tensors, widths, gone = _unspliced(model, dense)
+        inside, stack = tensors_inside(model), layer_lists(dense)[0][1]
+        buffers = {name: t for name, t in (dict(model.named_buffers()) | at_rest(model)).items() if name not in inside}
+        buffers, tensors = (_renumbered(named, stack, gone) for named in (buffers, tensors))
+        plain = _plain(type(model), _shrunk(model.config, dense, widths, gone), tensors)
+        record["widths"] = plain.config.is_heterogeneous
+        with writing(folder), whole_folder(folder) as whole, no_progress_bars():
+            # from_pretrained translates the names of tensors that some architectures have on disk; mlpreplace.load does not
+            plain.save_pretrained(whole, save_original_format=not record["widths"])
+            _read_back(whole, record, buffers | tensors)
+            write_record(whole, model, record, tokenizer)
     return folder
 
 
@@ -95,8 +102,9 @@ def _unspliced(model: nn.Module, dense: nn.Module) -> tuple[Tensors, dict[Block,
 
 
 def _of_narrow(block: Block, body: nn.Module, names: Mapping[nn.Module, str]) -> Tensors:
+    first = [(block.up, body.gate_up)] if block.gate is block.up else [(block.gate, body.gate), (block.up, body.up)]
     tensors = {}
-    for own, layer in ((block.gate, body.gate), (block.up, body.up), (block.down, body.down)):
+    for own, layer in (*first, (block.down, body.down)):
         if own is not None:
             tensors[f"{names[own]}.weight"] = nn.Parameter(layer.weight.T, False) if isinstance(own, Conv1D) else layer.weight
             if layer.bias is not None:
@@ -153,7 +161,8 @@ def _plain(model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors
         raise ValueError(f"A {model_class.__name__} of the narrower configuration has another {differing[0]}: {INSTEAD}.")
     if len(kinds := {t.dtype for t in tensors.values() if t.is_floating_point()}) > 1:
         raise ValueError(f"A checkpoint is loaded in one precision, this model is in {sorted(map(str, kinds))}: {INSTEAD}.")
-    plain.load_state_dict(tensors, assign=True)
+    own = {id(t): nn.Parameter(unshared(t), False) if isinstance(t, nn.Parameter) else unshared(t) for t in tensors.values()}
+    plain.load_state_dict({name: own[id(t)] for name, t in tensors.items()}, assign=True)
     return plain
 
 

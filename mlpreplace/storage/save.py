@@ -1,38 +1,41 @@
 """Save a compressed model and load it again: the replacements alone, or all weights.
 
-A folder holds config.json, safetensors weights, replacements.json and a model card. It appears under its name when it is
-complete, and never overwrites another.
+A folder holds config.json, safetensors weights, replacements.json, a model card and SHA256SUMS. It appears under its name when it
+is complete, never overwrites another, and is read only where every byte is what was written.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..evaluation.int8 import Int8Linear
-from ..models.architectures import ARCHITECTURES, Stack, layer_lists, register_architecture, type_of
-from ..models.blocks import KINDS, Block, find_blocks, layer_blocks
-from ..models.loading import SPREAD, Source, empty_model, load_model, no_progress_bars, resolve_device, weight_hashes
-from ..replacements.families import Family, Replacement
-from ..replacements.records import FitReport
-from ..replacements.splice import replacements_of, sparsity_of, splice
-from ..runtime.files import whole_folder
-from ..runtime.fingerprint import fingerprint
-from .card import DELTA, PLAIN, STANDALONE, model_card
-from .tensors import fill, temporary_buffers, tensors_of
+from ..models.checkpoints import pretrained, weight_hashes
+from ..models.loading import SPREAD, Source, load_model, resolve_device
+from ..replacements.splice import unshared
+from ..runtime.files import SUMS, check_folder, new_folder, read_checked, whole_folder
+from .card import DELTA, PLAIN, STANDALONE
+from .rebuild import (
+    class_of,
+    config_of,
+    made_empty,
+    parameters_fit,
+    rebuilt,
+    skeleton_of,
+    tensors_inside,
+    weights_of,
+)
+from .record import CONFIG, GENERATION, RECORD, WEIGHTS, check_bare, check_base, describe, json_object, read_record, write_record
+from .tensors import at_rest, check_tensors, fill, temporary_buffers, tensors_of
 
-RECORD = "replacements.json"
-WEIGHTS = {DELTA: "replacements.safetensors", STANDALONE: "weights.safetensors"}  # names that from_pretrained does not read
 WITHOUT_EFFECT = PreTrainedConfig().to_dict().keys() | {"use_cache"}  # settings that change no output of a model
 
 
@@ -46,58 +49,79 @@ def save(
 ) -> Path:
     """Write a spliced model into a new folder, for :func:`load`. Shared weights are stored once.
 
+    What a model computes from its configuration is stored as it is before the first forward pass: frequencies of dynamic RoPE,
+    which follow the length of the last input, are those for short ones.
+
     Args:
+        folder: is made before the work, and may be there already if it is empty.
         standalone: write all weights, so that the base model is not needed. Otherwise only the replacements are written;
             :func:`load` then loads the base model, and refuses one with other weights.
-        metrics: measured values that json can hold, for replacements.json and the model card.
+        metrics: measured values that json can hold, for replacements.json and the model card. NaN and infinity become null.
         tokenizer: is saved with the model.
 
     Raises:
-        ValueError: nothing was spliced. Standalone: transformers does not have the model's class. Otherwise: the base's weights
-            are not known (from load_model or :meth:`Source.of`), or weights outside of replacements have changed.
-        FileExistsError: ``folder`` exists.
+        ValueError: nothing was spliced; a model that is wrapped (compiled, PEFT, DataParallel). Standalone: transformers does
+            not have the model's class. Otherwise: the base's weights are not known (from load_model or :meth:`Source.of`), or
+            weights outside of replacements have changed.
+        FileExistsError: ``folder`` exists and is not empty, or something else was written there meanwhile.
+        OSError: it cannot be made or written; nothing is left there.
     """
-    folder, form = new_folder(folder), STANDALONE if standalone else DELTA
-    record = describe(model, form, metrics)
-    tensors, tied = tensors_of(model)
-    if standalone:
-        _class_of(type(model).__name__)
-    else:
-        inside = tensors_inside(model)
-        _check_untouched(model, inside)
-        tensors = {name: t for name, t in tensors.items() if name in inside}
-        tied = {name: owner for name, owner in tied.items() if name in inside}
-    with whole_folder(folder) as whole:
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(whole)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, whole / WEIGHTS[form], {"format": "pt"})
-        write_record(whole, model, record | {"tied": tied}, tokenizer)
+    with new_folder(folder) as folder:
+        form = STANDALONE if standalone else DELTA
+        record = describe(model, form, metrics)
+        tensors, tied = tensors_of(model)
+        if standalone:
+            class_of(type(model).__name__)
+            tensors |= at_rest(model)
+        else:
+            inside = tensors_inside(model)
+            _check_untouched(model, inside)
+            tensors = {name: t for name, t in tensors.items() if name in inside}
+            tied = {name: owner for name, owner in tied.items() if name in inside}
+        with writing(folder), whole_folder(folder) as whole:
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(whole)
+            save_file({name: unshared(t).contiguous() for name, t in tensors.items()}, whole / WEIGHTS[form], {"format": "pt"})
+            write_record(whole, model, record | {"tied": tied}, tokenizer)
     return folder
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Every way in which a library says that files of ``folder`` could not be written becomes one OSError."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and "os error" not in str(error):  # as code in Rust says it
+            raise
+        raise OSError(
+            f"{folder} could not be written ({error}). Make room, or choose another place; nothing is left there."
+        ) from error
 
 
 def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = None) -> nn.Module:
     """The model that :func:`save` or :func:`~mlpreplace.export` wrote, with the same logits, bit for bit on the same machine.
     Shared weights are shared again.
 
+    Files are compared with SHA256SUMS, and modules with the file of weights before they take memory.
+
     Args:
         device: as for :func:`~mlpreplace.models.load_model`; a standalone or exported model goes onto a single one.
         base: the dense model for a folder with replacements alone, where :func:`~mlpreplace.models.load_model` cannot load it:
             that loads causal language models. It must have the weights and precision of the model that was compressed. The
-            result is on its device.
+            result is on its device, and ``base`` stays as it is (see :func:`~mlpreplace.splice`).
 
     Raises:
         FileNotFoundError: no replacements.json in ``folder``.
-        ValueError: the base model differs in its weights or configuration from the one that was compressed; a base for a model
-            that needs none; missing weights; a standalone or exported model and a way to spread layers over GPUs.
+        ValueError: a file that is not what was written, or that does not go with the others; the base model differs in its
+            weights or configuration from the one that was compressed; a base for a model that needs none; missing weights; a
+            standalone or exported model and a way to spread layers over GPUs.
     """
-    folder = Path(folder)
-    if not (folder / RECORD).exists():
-        raise FileNotFoundError(f"{folder} holds no {RECORD}; expected a folder written by mlpreplace.save or export.")
-    record = json.loads((folder / RECORD).read_text())
-    architecture = record["architecture"]
-    if architecture["type"] not in ARCHITECTURES:  # it was registered or guessed in the process that compressed the model
-        register_architecture(architecture["type"], *map(Stack.from_dict, architecture["stacks"]))
+    folder = Path(folder).expanduser()
+    record = read_record(folder)
     if record["form"] == DELTA:
         return _load_delta(folder, record, device, base)
     if base is not None:
@@ -106,149 +130,84 @@ def load(folder: str | Path, *, device: str = "auto", base: nn.Module | None = N
         raise ValueError(
             f"{folder} holds a whole model, which is loaded onto one device; accelerate.dispatch_model spreads it then."
         )
-    model = load_plain(folder, record) if record["form"] == PLAIN else _load_standalone(folder, record)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.to(resolve_device(device))
+    place = resolve_device(device)
+    if record["form"] == PLAIN:
+        check_folder(folder)
+        model = load_plain(folder, record)
+    else:
+        model = _load_standalone(folder, record)
+    written = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    if (file := folder / GENERATION).exists() or any(line.endswith(f"  {GENERATION}") for line in written):
+        model.generation_config = _generation(read_checked(file), file)
+    return model.to(place)
 
 
-def _empty(folder: Path, record: dict) -> nn.Module:
-    model_class = _class_of(record["model"])
-    return empty_model(model_class, model_class.config_class.from_pretrained(folder), dtype=getattr(torch, record["dtype"]))
+def _generation(content: bytes, file: Path) -> GenerationConfig:
+    settings = json_object(content, file)
+    try:
+        return GenerationConfig.from_dict(settings)
+    except Exception as error:  # whatever transformers makes of values it does not expect
+        raise ValueError(f"{file} says no way to generate: {error}.") from error
 
 
 def _load_standalone(folder: Path, record: dict) -> nn.Module:
-    model = _rebuilt(_empty(folder, record), record)
-    fill(model, load_file(folder / WEIGHTS[STANDALONE]), record["tied"])
-    model.source = Source(**{k: v for k, v in record["base"].items() if k != "weights"}) if record["base"] else None
+    file, where = folder / WEIGHTS[STANDALONE], folder / RECORD
+    config = config_of(class_of(record["model"]).config_class, read_checked(folder / CONFIG), folder / CONFIG)
+    tensors = weights_of(read_checked(file), file)
+    room = sum(t.numel() for t in tensors.values())
+    skeleton = rebuilt(made_empty(config, record, folder / CONFIG, meta=True), record, where, room=room)
+    check_tensors(skeleton, tensors, record["tied"], (), folder)
+    model = rebuilt(made_empty(config, record, folder / CONFIG), record, where)
+    fill(model, tensors, record["tied"])
+    model.source = Source.from_dict(record["base"]) if record["base"] else None
     return model
 
 
 def load_plain(folder: Path, record: dict) -> nn.Module:
-    """The model of an exported folder, on the CPU."""
+    """The model of an exported folder, on the CPU. Its files are not compared with SHA256SUMS."""
+    model_class, files = class_of(record["model"]), sorted(folder.glob("*.safetensors"))
+    config = config_of(model_class.config_class, (folder / CONFIG).read_bytes(), folder / CONFIG)
+    if not parameters_fit(made_empty(config, record, folder / CONFIG, meta=True), files):
+        raise ValueError(f"{folder}: the model of {CONFIG} has more parameters than the weights beside it.")
     if record["widths"]:
-        model = _empty(folder, record)
+        model = made_empty(config, record, folder / CONFIG)
         model.tie_weights()
-        tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-        fill(model, tensors, tensors_of(model)[1], temporary_buffers(model))
+        tensors = {name: t for file in files for name, t in weights_of(file.read_bytes(), file).items()}
+        tied, temporary = tensors_of(model)[1], temporary_buffers(model)
+        check_tensors(model, tensors, tied, temporary, folder)
+        fill(model, tensors, tied, temporary)
     else:
-        with no_progress_bars():
-            model = _class_of(record["model"]).from_pretrained(folder, dtype=getattr(torch, record["dtype"])).eval()
-    model.source = Source.of(model, str(folder))  # it is a dense model now
+        model = pretrained(model_class, folder, dtype=getattr(torch, record["dtype"])).eval()
+    model.source = Source.of(model, str(folder.resolve()))  # it is a dense model now
     return model
 
 
 def _load_delta(folder: Path, record: dict, device: str, base: nn.Module | None) -> nn.Module:
     source, dtype, model = record["base"], getattr(torch, record["dtype"]), base
+    file, config = folder / WEIGHTS[DELTA], folder / CONFIG
+    tensors, made_with = weights_of(read_checked(file), file), read_checked(config)
     if model is None:
         model, _ = load_model(source["id"], revision=source["revision"], device=device, dtype=dtype)
+    check_bare(model)
     if model.dtype != dtype:
         raise ValueError(f"The base model is in {model.dtype}, {folder} was made in {dtype}.")
-    found = fingerprint(weight_hashes(base) if base is not None else model.source.weights)
-    if found != source["weights"]:
-        raise ValueError(
-            f"The base model differs: {folder} was made from {source['id']} with weights of hash {source['weights']}, found "
-            f"{found}. Restore the weights it was made from, give them as load(folder, base=model), or fit and save again."
-        )
-    made_with, own = _settings(type(model.config).from_pretrained(folder)), _settings(model.config)
-    if differing := [key for key in made_with if made_with[key] != own.get(key)]:
-        said = f"{differing[0]}={made_with[differing[0]]}, found {own.get(differing[0])}"
+    check_base(record, weight_hashes(base) if base is not None else model.source.weights, folder)
+    expected, own = _settings(config_of(type(model.config), made_with, config)), _settings(model.config)
+    if differing := [key for key in expected if expected[key] != own.get(key)]:
+        said = f"{differing[0]}={expected[differing[0]]}, found {own.get(differing[0])}"
         raise ValueError(f"The base model differs in its configuration: {folder} was made with {said}. Restore what it was.")
-    compressed = _rebuilt(model, record)
-    inside = tensors_inside(compressed)
-    untouched = {name for name in (*compressed.state_dict(), *temporary_buffers(compressed)) if name not in inside}
-    fill(compressed, load_file(folder / WEIGHTS[DELTA]), record["tied"], untouched)
+    skeleton = rebuilt(skeleton_of(model), record, folder / RECORD, room=sum(t.numel() for t in tensors.values()))
+    inside = tensors_inside(skeleton)
+    untouched = {name for name in (*skeleton.state_dict(), *temporary_buffers(skeleton)) if name not in inside}
+    check_tensors(skeleton, tensors, record["tied"], untouched, folder)
+    compressed = rebuilt(model, record, folder / RECORD)
+    fill(compressed, tensors, record["tied"], untouched)
     return compressed
 
 
 def _settings(config: PreTrainedConfig) -> dict:
     """The settings of ``config`` that may change the model's output, as json has them."""
     return {k: v for k, v in json.loads(config.to_json_string(use_diff=False)).items() if k not in WITHOUT_EFFECT}
-
-
-def _rebuilt(model: nn.Module, record: dict) -> nn.Module:
-    """``model`` with the replacements and int8 layers of ``record``, whose tensors are yet to be set."""
-    blocks = named_blocks(model, record["replacements"])
-    plan: dict[Block, Replacement] = {}
-    for name, saved in record["replacements"].items():
-        spec = dict(saved)
-        report, owner = spec.pop("report"), spec.pop("body")
-        plan[blocks[name]] = replacement = Replacement(Family.from_dict(spec), blocks[name])
-        if owner != name:  # a block before this one, whose body it shares
-            replacement.body = plan[blocks[owner]].body
-        replacement.report = FitReport.from_dict(report) if report else None
-    compressed = splice(model, plan)
-    for path in record["int8"]:
-        compressed.set_submodule(path, Int8Linear(compressed.get_submodule(path)))
-    return compressed
-
-
-def named_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, Block]:
-    """{name: block} of at least all ``names``, which may be whole layers or parts of them. Raises ValueError for others."""
-    blocks = {block.name: block for kind in KINDS for block in find_blocks(model, kind)}
-    if set(names) - blocks.keys():
-        blocks = layer_blocks(model) | blocks
-    if missing := sorted(set(names) - blocks.keys()):
-        raise ValueError(f"{type(model).__name__} has no block {missing[0]}.")
-    return blocks
-
-
-def describe(model: nn.Module, form: str, metrics: Mapping[str, object] | None) -> dict:
-    """The content of replacements.json. Raises ValueError where nothing was replaced."""
-    found = replacements_of(model)
-    if not found:
-        raise ValueError("No replacement was spliced into this model; there is nothing to save.")
-    source = getattr(model, "source", None)
-    dense = empty_model(type(model), model.config, meta=True)
-    blocks = named_blocks(dense, found)
-    owners = {r.body: name for name, r in reversed(found.items())}  # the first place of each body
-    return {
-        "form": form,
-        "base": source.as_dict() | {"weights": fingerprint(source.weights) if source.weights else None} if source else None,
-        "model": type(model).__name__,
-        "architecture": {"type": type_of(dense), "stacks": [asdict(stack) for stack, _, _ in layer_lists(dense)]},
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": {"dense": dense.num_parameters(), "compressed": sum(p.numel() for p in model.parameters())},
-        "sparsity": sparsity_of(dense, {blocks[name]: r for name, r in found.items()}),
-        "metrics": dict(metrics or {}),
-        "versions": {name: version(name) for name in ("mlpreplace", "torch", "transformers", "safetensors")},
-        "replacements": {
-            name: {**r.family.as_dict(), "report": asdict(r.report) if r.report else None, "body": owners[r.body]}
-            for name, r in found.items()
-        },
-        "int8": [path for path, module in model.named_modules() if isinstance(module, Int8Linear)],
-    }
-
-
-def write_record(whole: Path, model: nn.Module, record: dict, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write replacements.json, the model card, the tokenizer's files and, unless the base brings it, generation_config.json."""
-    if record["form"] != DELTA and getattr(model, "generation_config", None) is not None:
-        # not by save_pretrained, which refuses settings of published models, such as a temperature without sampling
-        model.generation_config.to_json_file(whole / "generation_config.json")
-    (whole / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    (whole / "README.md").write_text(model_card(record))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(whole)
-
-
-def new_folder(folder: str | Path) -> Path:
-    """Raises FileExistsError where ``folder`` exists."""
-    if (folder := Path(folder)).exists():
-        raise FileExistsError(f"{folder} exists; choose a new folder.")
-    return folder
-
-
-def _class_of(name: str) -> type:
-    if not hasattr(transformers, name):
-        raise ValueError(f"transformers has no class {name}, so a model that holds everything could not be loaded.")
-    return getattr(transformers, name)
-
-
-def tensors_inside(model: nn.Module) -> set[str]:
-    """Names of all tensors inside of replacements, tied ones included."""
-    replaced = [path for path, module in model.named_modules() if isinstance(module, Replacement)]
-    tensors, tied = tensors_of(model)
-    return {name for name in (*tensors, *tied) if any(name.startswith(f"{path}.") for path in replaced)}
 
 
 def _check_untouched(model: nn.Module, inside: set[str]) -> None:

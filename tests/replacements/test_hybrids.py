@@ -21,7 +21,7 @@ from mlpreplace import (
     find_blocks,
     fit,
 )
-from mlpreplace.fitting.features import block_neurons
+from mlpreplace.models.blocks import block_neurons
 
 
 @pytest.mark.parametrize("family", HYBRIDS, ids=str)

@@ -9,7 +9,7 @@ import transformers as t
 from conftest import capture_quietly, save_locally
 from decoding import decoded, logits
 from hybrid_blocks import LOOKING_BACK, MIXTURE, fitted, normal, planted, shaken
-from tiny_models import CAUSAL, build, random_windows
+from tiny_models import CAUSAL, SINGLE, build, random_windows
 
 from mlpreplace import (
     AttentionMLP,
@@ -49,7 +49,7 @@ def test_decoding_with_the_cache_gives_the_same_logits(name):
         with spliced(model, plan):
             full = logits(model, ids)
             for prefill in (1, 7):
-                torch.testing.assert_close(decoded(model, ids, prefill), full, rtol=0, atol=1e-4 if name == "mixtral" else 1e-9)
+                torch.testing.assert_close(decoded(model, ids, prefill), full, rtol=0, atol=1e-4 if name in SINGLE else 1e-9)
         assert (full - dense).abs().max() > 0.1
         torch.testing.assert_close(logits(model, ids), dense, rtol=0, atol=0)
 
@@ -185,7 +185,8 @@ def test_left_padding_is_refused_and_right_padding_is_harmless(name, attention, 
         with pytest.raises(ValueError, match="pad on the right"):
             model(ids, attention_mask=mask, use_cache=use_cache)
         right = model(ids, attention_mask=mask.flip(1), use_cache=use_cache).logits
-        torch.testing.assert_close(right[1:, :5], logits(model, ids[1:, :5]))
+        rounding = 1e-5 if attention == "eager" else 1e-7  # the softmax of eager attention is in float32 in any case
+        torch.testing.assert_close(right[1:, :5], logits(model, ids[1:, :5]), rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool])

@@ -133,7 +133,7 @@ def test_contexts_nest(llama, windows):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_splice_shares_untouched_weights(name, windows):
+def test_a_spliced_copy_has_what_is_left_and_what_was_put_in(name, windows):
     model = build(name)
     plan, dense = both_kinds(model), logits(model, windows)
     compressed = splice(model, plan)
@@ -143,8 +143,6 @@ def test_splice_shares_untouched_weights(name, windows):
     removed = sum(b.n_params - r.n_params for b, r in plan.items())
     norms = sum(p.numel() for b in plan for n, p in b.modules[0].named_parameters() if "norm" in n)
     assert sum(p.numel() for p in compressed.parameters()) == sum(p.numel() for p in model.parameters()) - removed - norms
-    own = {p.data_ptr() for p in model.parameters()} | {p.data_ptr() for r in plan.values() for p in r.parameters()}
-    assert {p.data_ptr() for p in compressed.parameters()} <= own
 
 
 def test_sparsity_counts_both_kinds(llama):

@@ -14,7 +14,7 @@ from tiny_models import MODELS, build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mlpreplace import NarrowMLP, export, find_blocks, load, load_model, save, splice
-from mlpreplace.models.blocks import find_layers
+from mlpreplace.models.layers import find_layers
 from mlpreplace.models.loading import empty_model
 from mlpreplace.planning.distil import with_rest
 from mlpreplace.replacements.families import Replacement
@@ -31,7 +31,7 @@ MODELS_OF_ONE_WIDTH = {
     "falcon with biases": {"bias": True},  # which it adds apart
     "gpt_neox": {},  # whose checkpoints have other names for weights
 }
-PLAIN = ["README.md", "config.json", "generation_config.json", "model.safetensors", "replacements.json"]
+PLAIN = ["README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "replacements.json"]
 
 
 def built(name: str):
@@ -247,7 +247,7 @@ def test_export_never_overwrites_and_leaves_nothing_half(llama, tmp_path, monkey
     compressed = narrow(llama, 24)
     folder = export(compressed, tmp_path / "deep" / "out")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(FileExistsError, match="out exists"):
+    with pytest.raises(FileExistsError, match="out cannot be a new folder"):
         export(compressed, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     with pytest.raises(TypeError, match="JSON"):

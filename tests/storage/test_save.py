@@ -38,8 +38,8 @@ from mlpreplace.statistics.moments import MOMENTS
 
 FITTED = [Mean(), Linear(), LowRank(4), NarrowMLP(24), NarrowPlusLinear(12, 3), TwoLayerMLP(8), *HYBRIDS]
 FILES = {
-    False: ["README.md", "config.json", "replacements.json", "replacements.safetensors"],
-    True: ["README.md", "config.json", "generation_config.json", "replacements.json", "weights.safetensors"],
+    False: ["README.md", "SHA256SUMS", "config.json", "replacements.json", "replacements.safetensors"],
+    True: ["README.md", "SHA256SUMS", "config.json", "generation_config.json", "replacements.json", "weights.safetensors"],
 }
 
 

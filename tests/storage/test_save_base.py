@@ -1,6 +1,5 @@
 """Replacements saved alone come back only with the base model that they were made from."""
 
-import json
 import re
 import shutil
 
@@ -9,7 +8,7 @@ import torch
 import yaml
 from conftest import save_locally
 from safetensors.torch import load_file, save_file
-from saved_models import FORMS, logits, narrow_plan, record_of, three_families
+from saved_models import FORMS, change_record, logits, narrow_plan, record_of, reseal, three_families
 from tiny_models import build
 
 from mlpreplace import (
@@ -133,9 +132,7 @@ def test_load_refuses_a_folder_without_replacements(tmp_path):
 
 def test_load_refuses_an_unknown_family(compressed, tmp_path):
     folder = save(compressed, tmp_path / "out")
-    record = record_of(folder)
-    next(iter(record["replacements"].values()))["family"] = "Cubic"
-    (folder / "replacements.json").write_text(json.dumps(record))
+    change_record(folder, lambda record: next(iter(record["replacements"].values())).update(family="Cubic"))
     with pytest.raises(ValueError, match="Unknown family 'Cubic'"):
         load(folder, device="cpu")
 
@@ -147,5 +144,6 @@ def test_load_refuses_weights_that_are_not_whole(standalone, compressed, tmp_pat
     tensors = load_file(path)
     del tensors["model.layers.2.mlp.body.down.weight"]
     save_file(tensors, path)
+    reseal(folder)
     with pytest.raises(ValueError, match=r"1 tensors are missing .*\['model\.layers\.2\.mlp\.body\.down\.weight'\]"):
         load(folder, device="cpu")

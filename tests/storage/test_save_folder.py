@@ -84,9 +84,16 @@ def test_a_class_that_transformers_does_not_have(tmp_path, windows):
 @FORMS
 def test_save_never_overwrites(standalone, compressed, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="out exists"):
+    (tmp_path / "out" / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="out cannot be a new folder.*not empty"):
         save(compressed, tmp_path / "out", standalone=standalone)
-    assert not any((tmp_path / "out").iterdir())
+    assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [("notes", "mine")]
+
+
+@FORMS
+def test_an_empty_folder_is_filled(standalone, compressed, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert load(save(compressed, tmp_path / "out", standalone=standalone), device="cpu")
 
 
 @FORMS
@@ -128,3 +135,36 @@ def test_transformers_does_not_take_a_standalone_model_for_its_own(compressed, t
     folder = save(compressed, tmp_path / "out", standalone=True)
     with pytest.raises(OSError, match="no file named"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+NAMES = ["a\nb", "a|b", "a\r\n\n| --- |\n# b", "<script>x</script>", "`code`", "a: b #c", "- a", "'", '"', "é\u2028ü"]
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_no_name_breaks_the_card(text, compressed, tmp_path):
+    """Neither its table nor its front matter: what a metric, or a hub id in a hostile record, is called."""
+    compressed.source = Source(text, revision=text, weights=compressed.source.weights)
+    card = (save(compressed, tmp_path / "out", metrics={text: text, "after": 1.0}) / "README.md").read_text()
+    front = yaml.safe_load(card.split("\n---\n")[0])
+    assert front["base_model"] == text and front["tags"] == ["mlpreplace", "compression"]
+    lines = card.splitlines()
+    table = lines[lines.index("| metric | value |") :]
+    rows = [line.replace(r"\|", "") for line in table[: table.index("")]]
+    assert len(rows) == 4 and all(row.count("|") == 3 for row in rows) and rows[-1] == "| after | 1 |"
+    assert (
+        "<script" not in card.split("\n---\n", 1)[1]
+        and lines.count("```python") == 1
+        and len([line for line in lines if line.startswith("# ")]) == 1
+    )
+
+
+def test_the_id_of_a_relative_folder_is_found_from_elsewhere(tmp_path, monkeypatch, windows):
+    save_locally(build("llama"), tmp_path / "here" / "base")
+    for name in ("base", "./base", "../here/base", "base/"):
+        monkeypatch.chdir(tmp_path / "here")
+        model, _ = load_model(name, device="cpu")
+        compressed = splice(model, narrow_plan(model, 24))
+        folder = save(compressed, f"../{len(list(tmp_path.iterdir()))}")
+        assert folder.is_absolute() and record_of(folder)["base"]["id"] == str(tmp_path / "here" / "base")
+        monkeypatch.chdir("/")
+        assert torch.equal(logits(load(folder, device="cpu"), windows), logits(compressed, windows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from ...runtime.files import ROOT, write_atomically
+from ...runtime.files import ROOT, strict_json, write_atomically
 from ..record import Run
 from .looks import Look
 
@@ -36,35 +35,41 @@ def save_figure(
     Args:
         name: "<nn>_<claim>", as in "04_pareto".
         claim: one sentence that the figure proves.
-        rows: tidy records of everything drawn; missing values become null.
+        rows: tidy records of everything drawn; missing values become null, as do infinite ones.
         folder: relative to the repository's root.
 
     Returns:
         Path of the json.
     """
     folder = ROOT / folder
-    figure.supxlabel(textwrap.fill(_measured_on(run), int(22 * figure.get_figwidth())), fontsize=5.5, color="0.45")
+    below = textwrap.fill(_measured_on(run), int(22 * figure.get_figwidth()))
+    figure.supxlabel(below, fontsize=5.5, color="0.45", parse_math=False)  # a $ in the name of a folder is no mathematics
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     record = {"claim": claim, "rows": records, "provenance": run.record()}
-    content = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    content = strict_json(record, indent=1, ensure_ascii=False)
     with plt.style.context(STYLE):
         # without a date the same rows give the same file
         write_atomically(folder / f"{name}.pdf", lambda path: figure.savefig(path, metadata={"CreationDate": None}))
         write_atomically(folder / f"{name}.png", lambda path: figure.savefig(path, metadata={"Software": None}))
     path = folder / f"{name}.json"
-    write_atomically(path, lambda scratch: scratch.write_text(content + "\n"))
+    write_atomically(path, lambda scratch: scratch.write_text(content + "\n", encoding="utf-8"))
     return path
 
 
 def _measured_on(run: Run) -> str:
     """The line below a figure: the model, the windows of every split of every text, and what was left out."""
-    splits: dict[tuple[str, int], list[str]] = {}
+    splits: dict[tuple, list[str]] = {}
     for name, text in run.facts.get("texts", {}).items():
-        of_text = splits.setdefault((text["text"], text["sequence_length"]), [])
+        of_text = splits.setdefault((text["text"], text["sequence_length"], text.get("bos")), [])
         of_text.append(f"{name.split('_')[0]} {text['windows']}")
-    texts = [f"{text}: {', '.join(names)} × {length} tokens" for (text, length), names in splits.items()]
+    texts = [f"{text}: {', '.join(names)} × {_tokens(length, bos)}" for (text, length, bos), names in splits.items()]
     left_out = [f"left out: {', '.join(names)}"] if (names := run.facts.get("left_out")) else []
     return "  ·  ".join([run.facts.get("model", {}).get("id", ""), *texts, *left_out])
+
+
+def _tokens(length: int, bos: int | None) -> str:
+    """What a window holds, "512 tokens, the first BOS"."""
+    return f"{length} tokens" if bos is None else f"{length} tokens, the first BOS"
 
 
 def parts_by(rows: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
