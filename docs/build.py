@@ -5,7 +5,8 @@
 
 Every notebook is a page (nbconvert), beside the README in front, the guide, how to add a method, a gallery of every figure with
 its claim, and the explorer. They need no server and no network: styles and scripts are files beside them, and a link within the
-repository that leads nowhere is an error.
+repository that leads nowhere is an error. A page runs the scripts of the explorer and no others: what notebooks hold is shown
+without scripts and frames, and a policy in each page forbids what would be left of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import nbformat
 import vl_convert
 from bs4 import BeautifulSoup
 from explorer import explorer_data
+from harmless import POLICY, harmless
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from nbconvert import HTMLExporter
@@ -76,6 +78,12 @@ class Figure:
     record: dict
     size: tuple[int, int]
 
+    @property
+    def drawn_from(self) -> str:
+        """Model and commit, as far as they are known: a tree without git has no commit."""
+        model, commit = (self.record.get("model") or {}).get("id"), (self.record.get("git") or {}).get("commit")
+        return ", ".join(filter(None, [model, commit and f"commit {commit[:7]}"]))
+
 
 def read_notebooks(root: Path) -> list[Notebook]:
     """Notebooks, then studies, each titled by its first heading."""
@@ -92,7 +100,7 @@ def read_figures(root: Path, notebooks: list[Notebook]) -> list[Figure]:
     by_name = {notebook.name: notebook for notebook in notebooks}
     found = []
     for path in sorted((root / "figures").glob("*.json")):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         made_by = content["provenance"]["notebook"]
         missing = [path.with_suffix(s).name for s in (".png", ".pdf") if not path.with_suffix(s).exists()]
         if made_by not in by_name or missing:
@@ -104,7 +112,7 @@ def read_figures(root: Path, notebooks: list[Notebook]) -> list[Figure]:
 
 
 def relink(html: str, source: str, page: str, pages: dict[str, str]) -> Markup:
-    """Links as they are written in the repository, made links of the site.
+    """Links as they are written in the repository, made links of the site; without anything that runs.
 
     Args:
         source: file that holds them, relative to the repository, as "notebooks/studies/06_language.ipynb".
@@ -114,7 +122,7 @@ def relink(html: str, source: str, page: str, pages: dict[str, str]) -> Markup:
     Raises:
         Refused: a link within the repository to something that the site does not have.
     """
-    soup = BeautifulSoup(html, "html.parser")
+    soup = BeautifulSoup(harmless(html), "html.parser")
     for tag in soup.select("a[href], img[src]"):
         key = "href" if tag.name == "a" else "src"
         link = urlsplit(tag[key])
@@ -132,13 +140,14 @@ def relink(html: str, source: str, page: str, pages: dict[str, str]) -> Markup:
     for table in soup.select("table"):  # wider than a phone: it scrolls in a box of its own
         table.wrap(soup.new_tag("div", attrs={"class": "wide"}))
     for image in soup.select("img:not([alt])"):
-        raise Refused(f"{source}: an image without a description, {image['src'][:60]!r}.")
+        raise Refused(f"{source}: an image without a description, {image.get('src', '')[:60]!r}.")
     return Markup(str(soup))
 
 
 def notebook_body(notebook: Notebook, claims: dict[str, str]) -> str:
     """Cells and outputs as HTML; an image is described by the claim of the figure that its cell saves."""
     content = nbformat.read(notebook.path, as_version=4)
+    content.metadata.pop("widgets", None)  # which would need scripts
     for cell in content.cells:
         if cell.cell_type == "code":
             saved = re.search(r'save_figure\(\s*\w+,\s*"(\w+)"', cell.source)
@@ -182,13 +191,13 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
 
         def write(page: str, template: str, **values) -> None:
             up = posixpath.relpath(".", posixpath.dirname(page) or ".")
-            html = environment.get_template(template).render(up=up, page=page, notebooks=notebooks, **values)
+            html = environment.get_template(template).render(up=up, page=page, policy=POLICY, notebooks=notebooks, **values)
             (site / page).parent.mkdir(parents=True, exist_ok=True)
-            (site / page).write_text(html)
+            (site / page).write_text(html, encoding="utf-8")
             written.append(page)
 
         for source, (page, title) in texts.items():
-            body = relink(markdown2html((root / source).read_text()), source, page, pages)
+            body = relink(markdown2html((root / source).read_text(encoding="utf-8")), source, page, pages)
             write(page, "text.html.j2", title=title, body=body, before=None, after=None)
         claims = {figure.name: figure.claim for figure in figures}
         for before, notebook, after in zip([None, *notebooks], notebooks, [*notebooks[1:], None], strict=False):
@@ -201,8 +210,9 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
             for suffix in ("png", "pdf", "json"):
                 shutil.copy(root / "figures" / f"{figure.name}.{suffix}", site / "figures")
         shutil.copytree(HERE / "assets", site / "assets")
-        (site / "assets" / "code.css").write_text(code_colours())
-        (site / "assets" / "vega.js").write_text(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+        (site / "assets" / "code.css").write_text(code_colours(), encoding="utf-8")
+        bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+        (site / "assets" / "vega.js").write_text(bundle, encoding="utf-8")
         (site / MARKER).touch()
         shutil.rmtree(output, ignore_errors=True)
         site.rename(output)
@@ -215,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         written = build(options.output.resolve())
-    except Refused as error:
+    except (Refused, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(written)} pages; open {options.output / 'index.html'}")

@@ -34,7 +34,7 @@ def plan_rows(folder: Path) -> list[dict]:
     """Rows of what a plan keeps of each block: group, method, sparsity, layer, kind, kept, and family where it is known."""
     rows = []
     for group, name in PLANS.items():
-        figure = json.loads((folder / f"{name}.json").read_text())
+        figure = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         common = {"group": group, "figure": name, "kind": "mlp"}
         if "SPARSITY" in figure["provenance"]["parameters"]:  # one for the whole figure, not a column
             common["sparsity"] = figure["provenance"]["parameters"]["SPARSITY"]
@@ -47,7 +47,7 @@ def measured_rows(folder: Path) -> list[dict]:
     rows: dict[tuple, dict] = {}
     for group, names in GROUPS.items():
         for name in names:
-            for row in json.loads((folder / f"{name}.json").read_text())["rows"]:
+            for row in json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"]:
                 method = row["method"] + (" + healing" if row.get("tuned") else "")
                 on = row.get("domain") or row["task"]
                 place = {"group": group, "figure": name, "on": on}

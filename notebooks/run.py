@@ -6,107 +6,77 @@
     python notebooks/run.py --studies                the studies, which take longer, instead of the notebooks
     python notebooks/run.py --figure 04_pareto       the notebook or study that draws this figure
 
-Executed copies go to executed/<profile>/, those of another MODEL to a folder of its name there. Figures go to figures/ only
-for an unchanged cpu run; any other run has a figures folder of its own, so that committed figures are never overwritten by
-accident. --publish puts executed copies in the place of the notebooks themselves.
+Executed copies go to executed/<profile>/, those of another MODEL to a folder of its own there: owner--name of a hub id, a local
+folder's name and a hash of its path. Figures go to figures/ only for an unchanged cpu run; any other run has a figures folder of
+its own, so that committed figures are never overwritten by accident. --publish puts executed copies in the place of the
+notebooks themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from parameters import HERE, Refused, check_names, folder_name, name_of, parameters_for, read_profile
 from traitlets.config import Config
 
-HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+MARK = ".mlpreplace"  # `make clean` removes folders that hold it
+SOCKET_BYTES = 103 - len("/mlpreplace-xxxxxxxx/kernel-5")  # left for the folder of a socket: macOS takes 103 bytes, Linux 107
 
 
-class Refused(Exception):
-    """The request cannot be carried out; the message says what to change."""
+def select(here: list[Path], only: list[str], others: list[Path]) -> list[Path]:
+    """Those of ``here`` whose names begin with one of ``only``, all for none. Raises Refused for one that fits none."""
+    for name in only:
+        if not name or not any(notebook.stem.startswith(name) for notebook in here):
+            else_where = [notebook.stem for notebook in others if name and notebook.stem.startswith(name)]
+            hint = f" With or without --studies there is {', '.join(else_where)}." if else_where else ""
+            raise Refused(f"No notebook matches {name!r}; there are {', '.join(n.stem for n in here)}.{hint}")
+    return [notebook for notebook in here if not only or notebook.stem.startswith(tuple(only))]
 
 
-def read_profile(name: str) -> dict[str, dict]:
-    """{notebook or "common": {parameter: value}} of profiles/<name>.yaml; the cpu profile is the notebooks themselves."""
-    if name == "cpu":
-        return {}
-    path = HERE / "profiles" / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(["cpu", *sorted(p.stem for p in path.parent.glob("*.yaml"))])
-        raise Refused(f"Unknown profile {name!r}; known are {known}.")
-    profile = yaml.safe_load(path.read_text())
-    if not isinstance(profile, dict) or not all(isinstance(section, dict) for section in profile.values()):
-        raise Refused(f"{path.name}: expected sections of PARAMETER: value.")
-    return profile
+def drawer(figure: str, every: list[Path]) -> Path:
+    """The notebook of ``every`` that drew a committed figure, as the figure's record says."""
+    records = {path.stem: path for path in sorted((ROOT / "figures").glob("*.json"))}
+    if figure not in records:
+        raise Refused(f"No figure {figure!r}; there are {', '.join(records)}.")
+    try:
+        drawn_by = json.loads(records[figure].read_text(encoding="utf-8"))["provenance"]["notebook"]
+    except (ValueError, KeyError, TypeError):
+        raise Refused(f"figures/{figure}.json is no record of a figure; draw it again by its notebook.") from None
+    found = [notebook for notebook in every if name_of(notebook) == drawn_by]
+    if not found:
+        raise Refused(f"figures/{figure}.json is of {drawn_by!r}; there are {', '.join(map(name_of, every))}.")
+    return found[0]
 
 
-def parameters_for(notebook: Path, profile_name: str, profile: dict[str, dict], overrides: dict) -> dict:
-    """The values to inject into one notebook.
-
-    Raises Refused for a notebook the profile forgot and for a parameter name that the notebook does not have. A value
-    for every notebook ("common", and the command line) is given to those that have the parameter.
-    """
-    known = set(papermill.inspect_notebook(str(notebook)))
-    if not profile:
-        return {k: v for k, v in overrides.items() if k in known}
-    section = str(notebook.relative_to(HERE).with_suffix(""))
-    if section not in profile:
-        raise Refused(f"Profile {profile_name!r} has no section {section!r}; add one, it may be empty: {{}}.")
-    unknown = set(profile[section]) - known
-    if unknown:
-        raise Refused(f"Profile {profile_name!r} gives {section} unknown parameters {sorted(unknown)}; it has {sorted(known)}.")
-    shared = {k: v for k, v in profile.get("common", {}).items() if k in known}
-    return {**shared, **profile[section], **{k: v for k, v in overrides.items() if k in known}}
-
-
-def check_names(notebooks: list[Path], names: set[str], where: str) -> None:
-    """Raise Refused for a name that no notebook has as a parameter."""
-    known = {name for notebook in notebooks for name in papermill.inspect_notebook(str(notebook))}
-    if names - known:
-        raise Refused(f"{where}: unknown parameters {sorted(names - known)}; known are {sorted(known)}.")
-
-
-def located(value):
-    """A path the user typed from where they stand, made absolute: notebooks run in their own folder."""
-    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
-
-
-def short_name(overrides: dict) -> str:
-    """The last part of a MODEL of the command line, to call folders by; "" where none was given."""
-    return str(overrides.get("MODEL", "")).rstrip("/").rsplit("/", 1)[-1]
-
-
-def copies_folder(profile: str, overrides: dict) -> str:
+def copies_folder(profile: str, model: str) -> str:
     """Where executed copies go, relative to the repository: runs of several models do not overwrite one another."""
-    return "/".join(filter(None, ["executed", profile, short_name(overrides)]))
+    return "/".join(["executed", profile, *([folder_name(model)] if model else [])])
 
 
-def drawer(figure: str) -> Path:
-    """The notebook that drew a committed figure, as the figure's record says."""
-    record = ROOT / "figures" / f"{figure}.json"
-    if not record.exists():
-        known = ", ".join(sorted(path.stem for path in record.parent.glob("*.json")))
-        raise Refused(f"No figure {figure!r}; there are {known}.")
-    return HERE / f"{json.loads(record.read_text())['provenance']['notebook']}.ipynb"
+def figures_folder(profile: str, model: str, *, changed: bool) -> str | None:
+    """Where a run draws, relative to the repository; None for an unchanged cpu run, which draws in the committed place.
 
-
-def figures_folder(profile: str, overrides: dict) -> str | None:
-    """Where a changed run draws, relative to the repository; None where it is the committed place."""
-    if profile == "cpu" and not overrides:
+    Args:
+        model: MODEL of the command line, "" where none was given.
+        changed: whether any parameter was given there.
+    """
+    if profile == "cpu" and not changed:
         return None
-    model = short_name(overrides)
     if profile == "smoke" or not model and profile == "cpu":  # of no interest once it ran
-        return f"{copies_folder(profile, overrides)}/figures"
-    return f"figures/{model or profile}"
+        return f"{copies_folder(profile, model)}/figures"
+    return "/".join(["figures", *([profile] if profile != "cpu" else []), *([folder_name(model)] if model else [])])
 
 
 def tidy(path: Path) -> None:
@@ -122,64 +92,86 @@ def tidy(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
+def socket_place() -> str:
+    """A folder for temporary files whose name is short enough for the sockets of a kernel. Raises Refused where there is none."""
+    for place in (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/var/tmp"):
+        if place and len(os.fsencode(place)) <= SOCKET_BYTES and os.access(place, os.W_OK | os.X_OK):
+            return place
+    raise Refused(f"No folder for a kernel's sockets: set TMPDIR to one whose name has at most {SOCKET_BYTES} bytes.")
+
+
 def execute(notebook: Path, parameters: dict, folder: str) -> Path:
     """One notebook, from the top, where it stands; returns the executed copy in ``folder``."""
     output = ROOT / folder / notebook.relative_to(HERE)
+    with suppress(FileExistsError):
+        (ROOT / "executed").mkdir()
+        (ROOT / "executed" / MARK).touch()
     output.parent.mkdir(parents=True, exist_ok=True)
     options = {"cwd": str(HERE), "kernel_name": "python3", "progress_bar": sys.stderr.isatty()}
-    with tempfile.TemporaryDirectory(prefix="mlpreplace-") as sockets:  # of this user's, not ports that any user could reach
+    with tempfile.TemporaryDirectory(prefix="mlpreplace-", dir=socket_place()) as sockets:  # of this user's, unlike ports
         local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         papermill.execute_notebook(str(notebook), str(output), parameters=parameters, config=local, **options)
     tidy(output)
     return output
 
 
-def main(arguments: list[str] | None = None) -> int:
+def requested(arguments: list[str] | None) -> tuple[argparse.Namespace, list[tuple[Path, dict]], str]:
+    """The options; the notebooks to run, each with its parameters; and where copies go. Raises Refused."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="cpu", help="cpu, smoke, gpu: profiles/<name>.yaml")
-    parser.add_argument("--only", nargs="*", default=[], help="numbers or names of notebooks, as in --only 02 04")
+    parser.add_argument("--only", nargs="+", default=[], help="numbers or names of notebooks, as in --only 02 04")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument("--studies", action="store_true", help="run studies/ instead of the notebooks")
     parser.add_argument("--figure", help="one figure, by the name of its file: the notebook that draws it, with its others")
     parser.add_argument("--publish", action="store_true", help="replace the notebooks by their executed copies")
     options = parser.parse_args(arguments)
+    numbered, studies = (sorted(folder.glob("[0-9][0-9]_*.ipynb")) for folder in (HERE, HERE / "studies"))
+    every, (here, others) = numbered + studies, (studies, numbered) if options.studies else (numbered, studies)
+    if options.figure is not None and options.only:
+        raise Refused("--figure chooses its notebook; leave --only out.")
+    chosen = select(here, options.only, others) if options.figure is None else [drawer(options.figure, every)]
+    profile, overrides = read_profile(options.profile), dict(options.parameter)
+    if unknown := profile.keys() - {"common", *map(name_of, every)}:
+        raise Refused(f"Profile {options.profile!r} has sections of no notebook: {', '.join(sorted(unknown))}.")
+    if len(overrides) < len(options.parameter) or "PROFILE" in overrides:
+        raise Refused("--parameter: each name once; and PROFILE follows from --profile.")
+    if options.publish and (options.profile != "cpu" or overrides):
+        raise Refused("--publish takes the unchanged cpu profile only: the committed notebooks show its outputs.")
+    check_names(set(overrides), "--parameter", chosen, every)
+    check_names(set(profile.get("common", {})), f"profile {options.profile!r}, section 'common'", every, every)
+    todo = [(notebook, parameters_for(notebook, options.profile, profile, overrides)) for notebook in chosen]
+    model = todo[0][1]["MODEL"] if "MODEL" in overrides else ""
+    folder = figures_folder(options.profile, model, changed=bool(overrides))
+    if folder and "FIGURES" not in overrides:
+        todo = [(notebook, {**parameters, "FIGURES": folder}) for notebook, parameters in todo]
+    return options, todo, copies_folder(options.profile, model)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """2 for a request that cannot be met, 1 for a notebook that failed; the reason is on stderr."""
     try:
-        numbered, studies = (sorted(folder.glob("[0-9][0-9]_*.ipynb")) for folder in (HERE, HERE / "studies"))
-        every, here = numbered + studies, studies if options.studies else numbered
-        notebooks = [n for n in here if not options.only or n.stem.startswith(tuple(options.only))]
-        if options.figure:
-            notebooks = [drawer(options.figure)]
-        if not notebooks:
-            raise Refused(f"No notebook matches {options.only}; there are {[n.stem for n in here]}.")
-        profile = read_profile(options.profile)
-        overrides = {name: located(yaml.safe_load(value)) for name, value in options.parameter}
-        if options.publish and (options.profile != "cpu" or overrides):
-            raise Refused("--publish takes the unchanged cpu profile only: the committed notebooks show its outputs.")
-        check_names(every, set(overrides), "--parameter")
-        check_names(every, set(profile.get("common", {})), f"profile {options.profile!r}, section 'common'")
-        if folder := figures_folder(options.profile, overrides):
-            overrides = {"FIGURES": folder, **overrides}
-        todo = [(n, parameters_for(n, options.profile, profile, overrides)) for n in notebooks]
+        options, todo, copies = requested(arguments)
+        for notebook, parameters in todo:
+            start = time.time()
+            print(f"{notebook.stem} ({options.profile}) …", flush=True)
+            output = execute(notebook, parameters, copies)
+            print(f"{notebook.stem} done in {time.time() - start:.0f} s", flush=True)
+            if options.publish:
+                notebook.write_bytes(output.read_bytes())
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    copies = copies_folder(options.profile, overrides)
-    for notebook, parameters in todo:
-        start = time.time()
-        print(f"{notebook.stem} ({options.profile}) …", flush=True)
-        try:
-            output = execute(notebook, parameters, copies)
-        except PapermillExecutionError as error:
-            print(f"error: {notebook.stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
-            print(f"The copy in {copies}/ shows where.", file=sys.stderr)
-            return 1
-        except DeadKernelError:
-            print(f"error: {notebook.stem}: its process was killed, which is what happens when memory runs out.", file=sys.stderr)
-            print("Run it again: what was cached by then is taken from the cache.", file=sys.stderr)
-            return 1
-        print(f"{notebook.stem} done in {time.time() - start:.0f} s", flush=True)
-        if options.publish:
-            notebook.write_text(output.read_text())
+    except PapermillExecutionError as error:
+        print(f"error: {notebook.stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"The copy in {copies}/ shows where.", file=sys.stderr)
+        return 1
+    except DeadKernelError:
+        print(f"error: {notebook.stem}: its process was killed, which is what happens when memory runs out.", file=sys.stderr)
+        print("Run it again: what was cached by then is taken from the cache.", file=sys.stderr)
+        return 1
+    except OSError as error:  # of a disk that is full, of a folder that is not ours
+        print(f"error: {notebook.stem}: the executed copy could not be written: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

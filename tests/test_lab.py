@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -22,16 +21,13 @@ import papermill
 import pytest
 from conftest import BYTES, byte_tokenizer, save_locally
 from playwright.sync_api import expect
+from running import run
 from tiny_models import build
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "02_single_block.ipynb"
 MINUTES = 60_000  # of Playwright's milliseconds
 CONTEXT = dict(n_positions=256, n_inner=128)
-
-spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
-run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run)
 
 
 @pytest.fixture

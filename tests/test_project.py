@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -26,15 +27,15 @@ def requirements() -> dict[str, str]:
 
 def test_make_setup_installs_every_extra():
     """Or tests of what it leaves out would be skipped, and nobody would notice."""
-    installed = re.search(r"-e '\.\[([\w,]+)\]'", (ROOT / "Makefile").read_text()).group(1)
+    installed = re.search(r'^EXTRAS = "([\w,]+)"', (ROOT / "make.py").read_text(), re.MULTILINE).group(1)
     assert set(installed.split(",")) == set(PROJECT["optional-dependencies"])
 
 
 def tracked_files() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
         pytest.skip("not a git checkout")
-    return [ROOT / name for name in listed.stdout.split()]
+    return [ROOT / name for name in listed.stdout.split("\0") if name]
 
 
 def test_environment_yml_is_in_step_with_pyproject():
@@ -67,6 +68,39 @@ def test_no_path_of_one_machine_is_tracked():
     for path in tracked_files():
         if path.suffix in (".py", ".md", ".ipynb", ".yaml", ".yml", ".toml", ".txt", ".json", ""):
             assert not re.search(r"/(root|home/\w+|tmp/\w+)/", path.read_text(errors="ignore")), path.name
+
+
+def in_the_locale(source: str) -> list[str]:
+    """Calls that read or write text without a word on its encoding."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and all(keyword.arg != "encoding" for keyword in node.keywords):
+            name, arguments = ast.unparse(node.func), list(map(ast.unparse, node.args))
+            modes = [text for text in arguments if re.fullmatch(r"'[rwaxbt+]+'", text)]
+            opens = name == "open" or name.endswith(".open") and (modes or not arguments)
+            whole = name.endswith(".read_text") and not arguments or name.endswith(".write_text")
+            if whole or opens and not any("b" in mode for mode in modes):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    """Of everything that is installed or run; tests are run on one machine."""
+    folders = ("mlpreplace", "notebooks", "docs", "paper", "benchmarks")
+    sources = [ROOT / "make.py", *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
+    found = {path.relative_to(ROOT).as_posix(): in_the_locale(path.read_text(encoding="utf-8")) for path in sources}
+    assert len(found) > 50 and not {path: calls for path, calls in found.items() if calls}
+
+
+@pytest.mark.parametrize(
+    ("call", "seen"),
+    [
+        *((call, True) for call in ("p.read_text()", "p.write_text(x)", "open(p)", "open(p, 'w')", "p.open('a')", "p.open()")),
+        *((call, False) for call in ("p.read_text(encoding='utf-8')", "open(p, 'rb')", "p.open('wb')", "Image.open(p)")),
+    ],
+)
+def test_a_call_without_an_encoding_would_be_seen(call, seen):
+    assert bool(in_the_locale(call)) is seen
 
 
 def test_make_help_names_every_target():

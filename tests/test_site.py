@@ -39,7 +39,7 @@ def site(tmp_path_factory) -> Path:
 
 @cache
 def soup(path: Path) -> BeautifulSoup:
-    return BeautifulSoup(path.read_text(), "html.parser")
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -64,6 +64,18 @@ def test_styles_load_nothing(site):
         assert "url(" not in path.read_text() and "@import" not in path.read_text()
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_has_the_policy_and_no_script_of_its_own(page, site):
+    document = soup(site / page)
+    (policy,) = document.select('meta[http-equiv="Content-Security-Policy"]')
+    rules = dict(rule.strip().split(" ", 1) for rule in policy["content"].split(";"))
+    assert rules["default-src"] == "'none'" and rules["script-src"] == "'self'"
+    assert not document.select("script ~ meta[http-equiv]"), "it has to stand before what it forbids"
+    for script in document.find_all("script"):
+        assert script.get("src") or script["type"] == "application/json"
+    assert not [name for tag in document.find_all(True) for name in tag.attrs if name.startswith("on")]
+
+
 def test_the_gallery_shows_every_figure_with_its_claim_and_its_notebook(site):
     shown = {figure["id"]: figure for figure in soup(site / "gallery.html").select("figure")}
     assert sorted(shown) == FIGURES
@@ -71,6 +83,7 @@ def test_the_gallery_shows_every_figure_with_its_claim_and_its_notebook(site):
         content = json.loads((ROOT / "figures" / f"{name}.json").read_text())
         assert figure.figcaption.text == content["claim"]
         links = {a["href"] for a in figure.select("a")}
+        assert f"commit {content['provenance']['git']['commit'][:7]}" in figure.text
         assert links == {f"figures/{name}.{s}" for s in ("png", "json", "pdf")} | {
             f"notebooks/{content['provenance']['notebook']}.html"
         }
@@ -94,6 +107,12 @@ def test_a_folder_that_something_else_made_is_left_alone(tmp_path, capsys):
     assert build_site.main(["--output", str(tmp_path)]) == 2
     assert "was not made by this script" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert build_site.main(["--output", str(tmp_path / "file" / "site")]) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_a_figure_without_its_png_is_refused(tmp_path):

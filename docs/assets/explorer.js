@@ -2,7 +2,7 @@
 (() => {
   const { rows, plans, metrics, methods } = JSON.parse(document.getElementById("data").textContent);
   const element = (id) => document.getElementById(id);
-  const EMBED = { renderer: "svg", actions: false, tooltip: { theme: "custom" } };
+  const EMBED = { renderer: "svg", actions: false, ast: true, tooltip: { theme: "custom" } }; // ast: no code is made of text
   const CONFIG = { background: null, view: { stroke: null }, font: "system-ui, sans-serif", axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" } };
   const SHAPES = Object.fromEntries(Object.keys(methods).map((group, i) => [group, ["circle", "square", "triangle-up"][i]]));
   const KINDS = { mlp: "#0072B2", attention: "#E69F00" };
