@@ -30,7 +30,7 @@ def test_a_model_larger_than_its_gpus_is_refused(llama, tmp_path, monkeypatch):
     folder = save_locally(llama, tmp_path / "model")
     llama.model.layers[2].to("meta")  # as transformers leaves it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda path, **how: llama)
+    monkeypatch.setattr(loading, "pretrained", lambda model_class, path, **how: llama)
     with pytest.raises(ValueError, match="offloaded.*larger GPUs"):
         m.load_model(folder, device="balanced")
 

@@ -11,17 +11,17 @@ import mlpreplace
 
 PACKAGE = Path(mlpreplace.__file__).parent
 HOUSE = {  # every room, left to right, and its files, top to bottom: each may import what stands before it
-    "runtime": "files fingerprint cache memory parallel",
+    "runtime": "files turns fingerprint cache memory parallel",
     "texts": "assets corpora windows",
-    "models": "architectures blocks inputs forward generation loading",
+    "models": "architectures weights blocks layers inputs forward generation checkpoints gguf loading",
     "replacements": "kv_cache records modules families hybrids nested whole_layers splice",
-    "statistics": "collect records moments residual_stream gradients unit_similarity",
+    "statistics": "collect records weight_check moments residual_stream gradients unit_similarity",
     "fitting": "ridge neurons features closed_form training errors fit",
     "evaluation": "sweep perplexity tasks.run tasks.scores tasks speed int8 parameter_share",
     "planning": "knapsack damage candidates search rollback allocate refit distil nest",
     "methods": "calibration registry layer_drop uniform allocated shortgpt uidl replaceme streamline subfit merging sliding",
     "beyond_language": "images translation pretrain",
-    "storage": "tensors card save export",
+    "storage": "tensors card record rebuild save export",
     "reporting": "tables record plots.looks plots.style plots.parameter_share plots.single_block plots.sensitivity"
     " plots.full_replacement plots.subfit plots.merging",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import shutil
@@ -17,14 +16,12 @@ import yaml
 from conftest import BYTES, byte_tokenizer, save_locally
 from forked import launch_kernel
 from jupyter_client.provisioning import local_provisioner
+from running import FOLDER, NOTEBOOKS, STUDIES, run
 from tiny_models import build
 
 from mlpreplace.reporting.record import code_cells_hash
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "notebooks"
-STUDIES = sorted((FOLDER / "studies").glob("[0-9][0-9]_*.ipynb"))
-NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb")) + STUDIES
 COMMON = {"PROFILE", "MODEL", "DEVICE", "SEED", "FIGURES"}
 PROVENANCE = {"notebook", "code_cells_sha256", "git", "parameters", "model", "device", "dtype", "packages", "wall_seconds"}
 
@@ -51,10 +48,6 @@ ANY_MODEL = {  # name of a tiny model: its sizes; {notebook: what is left out}; 
     ),
 }
 SMOKE = yaml.safe_load((FOLDER / "profiles" / "smoke.yaml").read_text())
-
-spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks" / "run.py")
-run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run)
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: name_of(p))
 
@@ -138,8 +131,9 @@ def test_smoke(path, tmp_path, capsys, forked_kernels):
     copies, arguments = ROOT / "executed" / "smoke", ["--profile", "smoke", "--only", path.stem]
     if path in STUDIES:  # which take minutes on the real model, and 16 GB of memory
         model = build("llama", num_hidden_layers=6, vocab_size=BYTES, max_position_embeddings=CONTEXT)
-        arguments += ["--studies", "-p", "MODEL", save_locally(model, tmp_path / "tiny-llama", byte_tokenizer())]
-        copies /= "tiny-llama"
+        folder = save_locally(model, tmp_path / "tiny-llama", byte_tokenizer())
+        arguments += ["--studies", "-p", "MODEL", folder]
+        copies = ROOT / run.copies_folder("smoke", folder)
     for left in drawn_by(path, copies / "figures"):  # by an earlier version of the notebook
         left.unlink()
     assert run.main(arguments) == 0, capsys.readouterr().err
@@ -149,6 +143,8 @@ def test_smoke(path, tmp_path, capsys, forked_kernels):
     for figure in drawn:
         assert check_figure(figure)["provenance"]["parameters"]["PROFILE"] == "smoke"
     assert {p: p.read_bytes() for p in (ROOT / "figures").iterdir()} == committed, "smoke must not touch figures/"
+    if path in STUDIES:  # the next run's model is another folder
+        shutil.rmtree(copies)
 
 
 @pytest.mark.notebooks
@@ -168,8 +164,7 @@ def test_any_model(name, only, tmp_path, capsys, forked_kernels):
     sizes, left_out, not_drawn = ANY_MODEL[name]
     model = build(name, vocab_size=BYTES, **sizes)
     folder = save_locally(model, tmp_path / f"tiny-{name}", byte_tokenizer())
-    copies = ROOT / "executed" / "smoke" / f"tiny-{name}"
-    shutil.rmtree(copies, ignore_errors=True)
+    copies = ROOT / run.copies_folder("smoke", folder)
     arguments = ["--profile", "smoke", "-p", "MODEL", folder, "--only", *only.split()]
     assert run.main(arguments) == 0, capsys.readouterr().err
     for path in (path for path in NOTEBOOKS if path.stem.startswith(tuple(only.split())) and path not in STUDIES):
@@ -187,77 +182,4 @@ def test_any_model(name, only, tmp_path, capsys, forked_kernels):
         rows = pd.DataFrame(json.loads((copies / "figures" / "05_speed.json").read_text())["rows"])
         assert set(rows["method"]) == {"dense", *SMOKE["05_subfit"]["COMPARED"]} - left_out.get("05_subfit", set())
     assert {p: p.read_bytes() for p in (ROOT / "figures").rglob("*")} == committed, "another model must not touch figures/"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--profile", "huge"], "Unknown profile 'huge'"),
-        (["--only", "77"], "No notebook matches"),
-        (["--figure", "77_none"], "No figure '77_none'; there are 01_parameter_share, "),
-        (["-p", "SEEED", "1"], "unknown parameters ['SEEED']"),
-        (["--publish", "-p", "SEED", "1"], "unchanged cpu profile only"),
-    ],
-)
-def test_bad_requests_run_nothing(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(run, "execute", lambda *a: pytest.fail("a notebook was started"))
-    assert run.main(arguments) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda p: p["02_single_block"].update(TOKENS=1), "unknown parameters ['TOKENS']"),
-        (lambda p: p["common"].update(TOKENS=1), "unknown parameters ['TOKENS']"),
-        (lambda p: p.pop("02_single_block"), "no section '02_single_block'"),
-    ],
-)
-def test_a_wrong_profile_is_an_error(change, message, capsys, monkeypatch):
-    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "smoke.yaml").read_text())
-    change(profile)
-    monkeypatch.setattr(run, "read_profile", lambda name: profile)
-    monkeypatch.setattr(run, "execute", lambda *a: pytest.fail("a notebook was started"))
-    assert run.main(["--profile", "smoke"]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("profile", ["smoke", "gpu"])
-def test_profiles_name_real_parameters(profile, monkeypatch):
-    seen = []
-    monkeypatch.setattr(run, "execute", lambda notebook, parameters, name: seen.append(parameters) or notebook)
-    assert run.main(["--profile", profile]) == run.main(["--profile", profile, "--studies"]) == 0
-    assert len(seen) == len(NOTEBOOKS)
-    assert all(p["PROFILE"] == profile and p["FIGURES"] != "figures" for p in seen)
-
-
-@pytest.mark.parametrize(("figure", "notebook"), [("04_pareto", "04_full_replacement"), ("04_tasks", "04_ablation")])
-def test_a_figure_alone_is_drawn_by_its_notebook_or_study(figure, notebook, monkeypatch):
-    seen = []
-    monkeypatch.setattr(run, "execute", lambda path, parameters, name: seen.append(path) or path)
-    assert run.main(["--figure", figure]) == 0
-    assert [path.stem for path in seen] == [notebook] and seen[0] in NOTEBOOKS
-
-
-def test_a_local_model_may_be_named_from_where_the_user_stands(tmp_path, monkeypatch):
-    (tmp_path / "my-model").mkdir()
-    monkeypatch.chdir(tmp_path)
-    seen = []
-    monkeypatch.setattr(run, "execute", lambda notebook, parameters, name: seen.append(parameters) or notebook)
-    assert run.main(["-p", "MODEL", "./my-model", "-p", "SEED", "3"]) == 0
-    assert {p["MODEL"] for p in seen} == {str(tmp_path / "my-model")} and {p["SEED"] for p in seen} == {3}
-    assert {p["FIGURES"] for p in seen} == {"figures/my-model"}
-
-
-def test_a_changed_run_never_draws_over_committed_figures():
-    assert run.figures_folder("cpu", {}) is None
-    assert run.figures_folder("cpu", {"MODEL": "owner/name"}) == "figures/name"
-    assert run.figures_folder("cpu", {"SEED": 1}) == "executed/cpu/figures"
-    assert run.figures_folder("gpu", {}) == "figures/gpu"
-    assert run.figures_folder("smoke", {}) == "executed/smoke/figures"
-    assert run.figures_folder("smoke", {"MODEL": "/models/mine/"}) == "executed/smoke/mine/figures"
-
-
-def test_executed_copies_of_several_models_stand_apart():
-    assert run.copies_folder("cpu", {"SEED": 1}) == "executed/cpu"
-    assert run.copies_folder("cpu", {"MODEL": "owner/name"}) == "executed/cpu/name"
+    shutil.rmtree(copies)

@@ -75,11 +75,42 @@ def test_the_same_rows_give_the_same_files(tmp_path, rows):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("fact", "error"), [(Path(), TypeError), (float("nan"), ValueError)], ids=["no json", "not strict"])
-def test_a_figure_that_cannot_be_recorded_is_not_written(fact, error, tmp_path, rows):
-    with pytest.raises(error):
-        save(tmp_path, rows, FakeRun(fact=fact))
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, np.float32("inf")])
+def test_what_is_no_number_is_null(number, tmp_path, rows):
+    """In the rows and in the record, however deep: Infinity is no json either."""
+    rows.loc[1, "perplexity"] = number
+    content = save(tmp_path, rows, FakeRun(fact=number, parameters={"SIZES": [1.0, number], "deep": ({"x": number},)}))
+    assert content["rows"][1]["perplexity"] is None
+    assert content["provenance"] == {"seed": 1, "fact": None, "parameters": {"SIZES": [1.0, None], "deep": [{"x": None}]}}
+
+
+def test_a_figure_that_cannot_be_recorded_is_not_written(tmp_path, rows):
+    with pytest.raises(TypeError):
+        save(tmp_path, rows, FakeRun(fact=Path()))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["my$model$", "$HOME/a$b", "a$\\frac$", "two\nlines", "a_b^c", "100%"])
+def test_a_model_may_have_any_name(name, tmp_path, rows):
+    """What stands below a figure is text: neither mathematics nor a table of lines."""
+    content = save(
+        tmp_path, rows, FakeRun(model={"id": name}, texts={"held": {"text": name, "sequence_length": 8, "windows": 4}})
+    )
+    assert content["provenance"]["model"]["id"] == name
+
+
+def test_the_line_below_a_figure_says_where_windows_begin_with_bos():
+    held = {"text": "bundled/wiki", "sequence_length": 8, "windows": 4}
+
+    def below(**texts) -> str:
+        return style._measured_on(FakeRun(model={"id": "a model"}, texts=texts))
+
+    without = "a model  ·  bundled/wiki: heldout 4 × 8 tokens"
+    assert below(heldout=held) == below(heldout=held | {"bos": None}) == without  # records of before do not tell
+    assert below(heldout=held | {"bos": 0}) == f"{without}, the first BOS"
+    mixed = below(heldout=held | {"bos": 1}, own=held | {"bos": None}, validation=held | {"bos": 1})
+    first, second = "heldout 4, validation 4 × 8 tokens, the first BOS", "own 4 × 8 tokens"
+    assert mixed == f"a model  ·  bundled/wiki: {first}  ·  bundled/wiki: {second}"
 
 
 def test_a_relative_folder_is_under_the_root(tmp_path, rows, monkeypatch):

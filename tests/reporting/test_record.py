@@ -11,9 +11,10 @@ from conftest import notebook_text
 from tiny_models import build, random_windows
 
 from mlpreplace import LowRank, NarrowMLP, find_blocks
-from mlpreplace.models.loading import Source
+from mlpreplace.models.loading import Source, weight_hashes
 from mlpreplace.reporting import record as provenance
 from mlpreplace.reporting.record import Run, code_cells_hash, git_state, seed_everything
+from mlpreplace.runtime.fingerprint import fingerprint
 
 CELLS = ("x = 1\ny = 2", "print(x)")
 
@@ -105,6 +106,22 @@ def test_outside_a_repository_there_is_no_commit(notebooks):
     assert git_state("09_test") == {"commit": None, "dirty": None}
 
 
+def test_the_commit_is_of_no_other_repository(repository, monkeypatch):
+    """As where an archive of this one is unpacked within a repository."""
+    (inner := repository / "unpacked" / "notebooks").mkdir(parents=True)
+    (inner / "09_test.ipynb").write_text(notebook_text(*CELLS))
+    assert git_state("09_test")["commit"]
+    monkeypatch.setattr(provenance, "NOTEBOOKS", inner)
+    monkeypatch.setattr(provenance, "ROOT", inner.parent)
+    assert git_state("09_test") == {"commit": None, "dirty": None}
+
+
+def test_a_checkout_may_be_reached_by_a_link(repository, tmp_path_factory, monkeypatch):
+    (link := tmp_path_factory.mktemp("links") / "link").symlink_to(repository)
+    monkeypatch.setattr(provenance, "ROOT", link)
+    assert git_state("09_test")["dirty"] is False
+
+
 @pytest.mark.parametrize(
     ("path", "content", "dirty"),
     [
@@ -147,7 +164,8 @@ def test_the_record_holds_what_is_needed_to_repeat_the_run(notebooks):
     assert record["notebook"] == "09_test"
     assert record["code_cells_sha256"] == code_cells_hash(notebook_text(*CELLS))
     assert record["parameters"] == {"SEED": 1, "PROFILE": "smoke"}
-    assert record["model"] == {"id": "owner/name", "revision": "abc", "sha256": None}
+    assert record["model"] == model.source.as_dict() | {"weights": fingerprint(weight_hashes(model))}
+    assert (record["model"]["id"], record["model"]["revision"]) == ("owner/name", "abc")
     assert (record["device"], record["dtype"]) == ("cpu", "bfloat16")
     cal, held = record["texts"]["calibration"], record["texts"]["heldout"]
     assert (cal["text"], cal["windows"], cal["sequence_length"], cal["tokens"]) == ("bundled/wiki", 8, 12, 96)
@@ -155,6 +173,61 @@ def test_the_record_holds_what_is_needed_to_repeat_the_run(notebooks):
     assert cal["hash"] != held["hash"]
     assert record["packages"]["torch"] == torch.__version__
     assert {"git", "python", "machine", "wall_seconds"} <= record.keys()
+
+
+@pytest.mark.parametrize("change", ["a weight", "a bias", "a buffer", "the precision", "the head"])
+def test_the_record_says_which_weights_were_used(change, notebooks):
+    """Not which were loaded: of a model that something has changed since, the source does not know."""
+    model, run = build("gpt_neox", tie_word_embeddings=False), Run("09_test", {})
+    model.register_buffer("scale", torch.ones(3))
+    model.source = Source.of(model, "owner/name")
+    used = []
+    for _ in range(2):
+        run.uses(model)
+        used.append(run.record()["model"])
+        with torch.no_grad():
+            if change == "a weight":
+                model.gpt_neox.layers[1].mlp.dense_h_to_4h.weight[0, 0] += 1e-6
+            elif change == "a bias":
+                model.gpt_neox.layers[0].mlp.dense_h_to_4h.bias[-1] += 1e-6
+            elif change == "a buffer":
+                model.scale[1] = 2
+            elif change == "the precision":
+                model.bfloat16()
+            else:
+                model.lm_head.weight[3] += 1
+    assert used[0]["weights"] != used[1]["weights"]
+    assert used[0] | {"weights": None} == used[1] | {"weights": None}
+
+
+def test_a_run_in_two_precisions_says_so(notebooks):
+    run, model = Run("09_test", {}), build("llama")
+    model.lm_head.bfloat16()
+    model.source = Source("owner/name")
+    run.uses(model)
+    assert run.record()["dtype"] == "float32, bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "first", "bos"),
+    [
+        ("llama", 7, 7, 7),
+        ("gpt2", 0, 0, 0),
+        ("llama", 7, None, None),
+        ("llama", 7, 8, None),  # all texts may begin alike
+        ("llama", None, 7, None),
+        ("bart", 7, 7, 7),
+    ],
+)
+def test_the_record_says_which_token_windows_begin_with(name, known, first, bos, notebooks):
+    run, model, windows = Run("09_test", {}), build(name, bos_token_id=known), random_windows()
+    model.source, windows[1, 0] = Source("owner/name"), windows[0, 0] + 1
+    if first is not None:
+        windows[:, 0] = first
+    run.uses(model, calibration=("bundled/wiki", windows))
+    run.uses(heldout=("bundled/wiki", windows[:1]))
+    texts = run.record()["texts"]
+    assert texts["calibration"]["bos"] == bos and texts["heldout"]["bos"] == bos
 
 
 def test_what_a_model_is_not_made_for_is_left_out_and_named(notebooks, capsys):
@@ -184,7 +257,7 @@ def test_a_run_says_where_mlps_have_no_neurons(name, experts, notebooks, capsys)
     run.uses(model)
     printed = capsys.readouterr().out
     assert bool(printed) == bool(run.record()["left_out"]) == bool(experts)
-    assert not experts or f"NarrowPlusLinear. {experts} of its MLP blocks hold experts" in printed
+    assert not experts or f"NarrowPlusLinear. {experts} of its MLP blocks have no neurons" in printed
 
 
 def test_a_seed_covers_python_numpy_and_torch():
