@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 OF_ANY_MODULE = frozenset(vars(nn.Module()))  # attributes that torch gives every module
 WITHOUT_EFFECT = {  # attributes that change no output: where a model is from, how it is saved, drawn from, trained and spread
     *("source", "name_or_path", "save_pretrained", "generation_config", "gradient_checkpointing", "warnings_issued"),
-    *("_is_hf_initialized", "hf_device_map", "_hf_hook", "_old_forward", "to", "cuda"),
+    *("_is_hf_initialized", "_weight_conversions", "hf_device_map", "_hf_hook", "_old_forward", "to", "cuda"),
     "config",  # of which all modules have the same: it is in the key once
 }
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

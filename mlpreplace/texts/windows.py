@@ -92,10 +92,13 @@ def _shares(text: Text) -> dict[str, float]:
 
 
 def text_name(text: Text) -> str:
-    """The display name of a text: its name, or "bundled/wiki 50 %, bundled/passages 50 %"."""
-    shares = _shares(text)
+    """The display name of a text: its name, or "bundled/wiki 50 %, bundled/passages 50 %".
+
+    A name may also be of windows that are no text's, such as those that a model wrote. Raises ValueError as :func:`load_windows`
+    does for the shares of a mixture.
+    """
     if isinstance(text, Mapping):
-        return ", ".join(f"{name} {100 * share:.3g} %" for name, share in shares.items())
+        return ", ".join(f"{name} {100 * share:.3g} %" for name, share in _shares(text).items())
     return os.fspath(text)
 
 

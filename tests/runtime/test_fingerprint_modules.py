@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import capture_quietly, save_locally
-from tiny_models import build, random_windows
+from conftest import capture_quietly
+from tiny_models import MODELS, build, random_windows
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from mlpreplace import compare, load_model, splice
+from mlpreplace import compare, splice
+from mlpreplace.models import pretrained
 from mlpreplace.models.loading import Source
 from mlpreplace.replacements import AttentionMLP
 from mlpreplace.runtime.fingerprint import fingerprint
@@ -81,9 +82,10 @@ def test_what_computes_alike_has_the_same_fingerprint(change, adapted):
     assert fingerprint(change(adapted) if change is copy.deepcopy else change(adapted) and adapted or adapted) == before
 
 
-def test_a_model_that_is_loaded_twice_has_one_fingerprint(tmp_path):
-    folder = save_locally(build("gemma2"), tmp_path / "model")
-    first, second = (load_model(folder, device="cpu")[0] for _ in range(2))
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_is_loaded_twice_has_one_fingerprint(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    first, second = (pretrained(MODELS[name][0], tmp_path) for _ in range(2))
     assert fingerprint(first) == fingerprint(second)
 
 
