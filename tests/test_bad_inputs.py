@@ -144,6 +144,7 @@ TEXTS = {
     "no texts in a mixture": (read({}), ["share"]),
     "a file without text": (lambda g: read(g.text('{"body": 1}'))(g), ["text.jsonl", "line 1", "body"]),
     "a file that is no json": (lambda g: read(g.text("{"))(g), ["text.jsonl", "line 1"]),
+    "no tokenizer": (lambda g: m.load_windows("bundled/wiki", None), ["tokenizer", "None"]),
     "too little text": (lambda g: read(g.documents(), n_windows=10**6)(g), ["1000000", "fewer"]),
 }
 INPUTS = {
@@ -195,6 +196,14 @@ BLOCKS = {
     "a negative ridge": (fitted(Linear(), ridge=-1), ["ridge", "-1"]),
     "a ridge that is no number": (fitted(Linear(), ridge=NAN), ["ridge", "nan"]),
     "no family": (fitted([]), ["family"]),
+    "a class for a family": (fitted(NarrowMLP), ["NarrowMLP(width"]),
+    "nothing for a family": (fitted(None), ["None", "family"]),
+    "half a neuron": (lambda g: NarrowMLP(8.5), ["width", "8.5"]),
+    "a word for a training": (fitted(Linear(), training="mse"), ["Training(", "mse"]),
+    "a model for blocks": (lambda g: m.capture(g.model, g.model, WINDOWS, **QUIET), ["find_blocks", "LlamaForCausalLM"]),
+    "a name for a model": (lambda g: m.find_blocks("llama"), ["str", "load_model"]),
+    "a word for a number of windows": (lambda g: m.capture(g.model, g.blocks, WINDOWS, validation_windows="2"), ["'2'"]),
+    "batches of nothing": (lambda g: m.capture(g.model, g.blocks, WINDOWS, batch_size=0, **QUIET), ["batch_size", "0"]),
     "families of unequal size": (fitted([Mean(), Linear()]), ["equal size"]),
     "unknown samples": (fitted(Mean(), samples=["test"]), ["test", "validation"]),
     "training without pairs": (
@@ -214,6 +223,10 @@ PLANS = {
     "a sparsity of zero": (allocated(0), ["0 < sparsity < 1"]),
     "a sparsity of one": (allocated(1), ["0 < sparsity < 1"]),
     "a sparsity that is no number": (allocated(NAN), ["0 < sparsity < 1"]),
+    "a word for a sparsity": (allocated("0.2"), ["0 < sparsity < 1", "'0.2'"]),
+    "nothing for a plan": (lambda g: m.splice(g.model, None), ["{block: replacement}", "NoneType"]),
+    "modules for replacements": (lambda g: m.splice(g.model, {g.blocks[0]: torch.nn.Linear(2, 2)}), ["replacement", "Linear"]),
+    "a list of plans": (lambda g: m.compare(g.model, [g.plan], WINDOWS, **QUIET), ["label", "list"]),
     "a sparsity out of reach": (allocated(0.99), ["0.99"]),
     "joint without windows": (allocated(strategy="joint"), ["joint", "windows"]),
     "a uniform plan of another family": (allocated(strategy="uniform", family=Linear), ["Linear"]),
@@ -240,7 +253,6 @@ PLANS = {
     "a method without its statistics": (lambda g: METHODS["subfit"](g.model, m.methods.Calibration(), 0.2), ["capture"]),
     "a task without a label": (lambda g: evaluate_tasks(g.model, g.tokenizer, label=" "), ["label"]),
     "an unknown task": (lambda g: evaluate_tasks(g.model, g.tokenizer, ["bundled/chess"], label="x"), ["bundled/chess"]),
-    "no items": (lambda g: evaluate_tasks(g.model, g.tokenizer, label="x", limit=0), ["0"]),
     "a notebook that is not there": (lambda g: Run("07_more", {}), ["07_more"]),
 }
 

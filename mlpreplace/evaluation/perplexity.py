@@ -150,6 +150,8 @@ def compare(
             has spliced.
     """
     check_windows(windows, model, least=2)
+    if not isinstance(plans, Mapping):
+        raise ValueError(f"Expected plans by label, {{label: plan}}, got a {type(plans).__name__}.")
     check_batch_size(batch_size)
     with eval_mode(model):
         joined = _measured(model, plans, windows.split(batch_size or WINDOWS), kl, cached, progress)

@@ -71,18 +71,23 @@ def fit(
         raise ValueError(f"{block.name} is not in the statistics: capture it first.")
     if unknown := set(samples) - set(SAMPLES):
         raise ValueError(f"Unknown samples {sorted(unknown)}; expected some of {', '.join(SAMPLES)}.")
+    if training is not None and not isinstance(training, Training):
+        raise ValueError(f"Expected training=Training(loss=…, epochs=…) or None, got {training!r}.")
+    wanted = [family] if isinstance(family, Family) or not isinstance(family, Iterable) else list(family)
+    if not all(isinstance(one, Family) for one in wanted):
+        raise ValueError(f"Expected a family at a size, such as NarrowMLP(width=512), or a list of such, got {family!r}.")
     options = dict(how=ClosedForm(ridge, selection, seed), training=training, samples=sorted(samples), progress=progress)
     if isinstance(family, Family):
         return _fit(block, stats[block], family, cached, **options)
     if stats[block].validation is None or "validation" not in samples:
         raise ValueError(f"{block.name}: ranking goes by validation error. Use capture(..., validation_windows=4) or more.")
-    sizes = {candidate: candidate.n_params(block) for candidate in family}
+    sizes = {candidate: candidate.n_params(block) for candidate in wanted}
     if not sizes:
         raise ValueError("There is no family to fit.")
     if min(sizes.values()) < (1 - EQUAL) * max(sizes.values()):
         listed = ", ".join(f"{candidate}: {n:,}" for candidate, n in sizes.items())
         raise ValueError(f"A ranking needs candidates of equal size, these have {listed} parameters: ladder(block, [share]).")
-    fitted = [_fit(block, stats[block], candidate, cached, **options) for candidate in family]
+    fitted = [_fit(block, stats[block], candidate, cached, **options) for candidate in wanted]
     return sorted(fitted, key=lambda r: r.report.validation.damage)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -52,6 +53,6 @@ class Calibration:
 
 def target_parameters(model: nn.Module, sparsity: float) -> float:
     """How many parameters ``sparsity`` asks to remove. Raises ValueError outside (0, 1)."""
-    if not 0 < sparsity < 1:
-        raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity}.")
+    if not isinstance(sparsity, Real) or not 0 < sparsity < 1:
+        raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity!r}.")
     return sparsity * block_parameters(model)

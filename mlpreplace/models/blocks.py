@@ -155,6 +155,14 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
     return blocks
 
 
+def listed(blocks: Iterable[Block]) -> list[Block]:
+    """``blocks`` as a list. Raises ValueError for anything else than blocks."""
+    found = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+    if strange := [block for block in found if not isinstance(block, Block)]:
+        raise ValueError(f"Expected blocks, as find_blocks(model) lists them, got a {type(strange[0]).__name__}.")
+    return found
+
+
 def _located(model: nn.Module, kind: str) -> list[Block]:
     """All blocks of one kind. Raises ValueError where their parameters are not what they weigh."""
     if kind not in KINDS:

@@ -62,7 +62,8 @@ def reading(what: str | Path) -> Iterator[None]:
 def pretrained(model_class: type, path: str | Path, *, called: str | None = None, **options) -> PreTrainedModel:
     """The model of a checkpoint in safetensors or GGUF, in eval mode: the one call of a model's ``from_pretrained``.
 
-    What a class declares that checkpoints may lack or hold beside (tied weights, masks) is no difference.
+    What a class declares that checkpoints may lack or hold beside (tied weights, masks) is no difference. Weights are in memory
+    of their own, not mapped from the file: whatever is written there later leaves the model as it is.
 
     Args:
         model_class: a class of models of transformers, or one of its Auto classes.
@@ -93,6 +94,9 @@ def pretrained(model_class: type, path: str | Path, *, called: str | None = None
         raise ValueError(_adapter(called))
     of_text = "text_config" in settings and not hasattr(model.config, "text_config")
     _check_tensors(model, found, called, of_text)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():  # it is mapped from the file
+            tensor.data = tensor.data.clone()
     return model
 
 

@@ -132,6 +132,8 @@ def check_windows(windows: Tensor, model: nn.Module, mask: Tensor | None = None,
         mask: [windows, seq_len], 1 or True where a token is real.
         least: tokens of a window: 2 where tokens are predicted.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"Expected a model, got a {type(model).__name__}: load_model(name) loads one.")
     _check_ids(windows, mask, least)
     check_context(windows.shape[1], model)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)

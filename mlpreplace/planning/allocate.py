@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from math import ceil
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -126,8 +127,8 @@ def allocate(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; expected one of {STRATEGIES}.")
-    if not 0 < sparsity < 1:
-        raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity}.")
+    if not isinstance(sparsity, Real) or not 0 < sparsity < 1:
+        raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity!r}.")
     if windows is not None:
         check_windows(windows, model, least=2)
     if windows is not None and strategy not in ("uniform", "heuristic") and (damages is None or strategy == "search"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -43,6 +44,12 @@ class Family:
 
     def __init_subclass__(cls) -> None:
         FAMILIES[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise ValueError(f"Expected {type(self).__name__}({field.name}=) as a whole number, got {value!r}.")
 
     def n_params(self, block: Block) -> int:
         """Parameters of this replacement for ``block``; raises ValueError where it cannot replace the block."""

@@ -44,7 +44,11 @@ class AttentionStandIn(nn.Module):
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raise ValueError unless ``plan`` belongs to ``model``."""
+    """Raise ValueError unless ``plan`` is one and belongs to ``model``."""
+    pairs = plan.items() if isinstance(plan, Mapping) else [(plan, None)]
+    if strange := [(b, r) for b, r in pairs if not (isinstance(b, Block) and isinstance(r, Replacement))]:
+        got = type(plan) if not isinstance(plan, Mapping) else type(strange[0][1])
+        raise ValueError(f"Expected a plan, {{block: replacement}} of find_blocks and fit, got a {got.__name__}.")
     for block, replacement in plan.items():
         for path in block.paths:
             try:

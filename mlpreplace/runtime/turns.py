@@ -62,6 +62,8 @@ def claimed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _held(model: nn.Module, *, claim: bool) -> Iterator[None]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"Expected a model, got a {type(model).__name__}: load_model(name) loads one.")
     own = current_thread()
     with _CHANGED:
         found = _TURNS.setdefault(model, _Turn())

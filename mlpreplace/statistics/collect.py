@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -89,7 +90,7 @@ def in_parts(
     Raises ValueError where no window is left to fit on, and for numbers of windows below 0.
     """
     windows = items(whole)
-    if validation_windows < 0 or (sample_windows or 0) < 0:
+    if not all(isinstance(n, Integral) and n >= 0 for n in (validation_windows, sample_windows or 0)):
         raise ValueError(f"Expected 0 windows or more, got {validation_windows=}, {sample_windows=}.")
     if (fitted := windows - validation_windows) < 1:
         raise ValueError(f"{windows} windows minus validation_windows={validation_windows} leave none to fit on.")

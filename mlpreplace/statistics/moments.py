@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..models.blocks import Block
+from ..models.blocks import Block, listed
 from ..models.forward import State, hidden_states, watching
-from ..models.inputs import Batch, as_batch
+from ..models.inputs import Batch, as_batch, check_batch_size
 from ..replacements.records import SAMPLES
 from ..runtime.cache import cached
 from ..runtime.memory import free_bytes, halving, windows_at_once
@@ -185,7 +185,8 @@ def capture(
             activation that is not finite (with the name of the block), blocks of another model, a block that runs several times
             in one pass, a block whose weights are not what it computes.
     """
-    blocks, whole = list(blocks), as_batch(windows, model, mask)
+    blocks, whole = listed(blocks), as_batch(windows, model, mask)
+    check_batch_size(batch_size)
     if unknown := set(moments) - set(MOMENTS):
         raise ValueError(f"Unknown moments {sorted(unknown)}; expected some of {tuple(MOMENTS)}.")
     parts, home = dict(validation_windows=validation_windows, sample_windows=sample_windows), homes(blocks, moments)

@@ -131,6 +131,8 @@ def load_windows(
     """
     if split not in tuple(SPLITS):
         raise ValueError(f"Unknown split {split!r}; expected one of {tuple(SPLITS)}.")
+    if not callable(tokenizer):
+        raise ValueError(f"Expected a tokenizer, got {tokenizer!r}: load_model(name) returns (model, tokenizer).")
     opening = opening_of(tokenizer)
     seq_len, n_windows = _count("seq_len", seq_len, max(2, len(opening) + 1)), _count("n_windows", n_windows, 1)
     order = _interleaved(_shares(text), n_windows)

@@ -49,6 +49,21 @@ def test_a_folder_is_named_in_any_way(folder, tmp_path, monkeypatch):
         assert model.source == Source(folder, sha256=model.source.sha256)
 
 
+def test_a_file_that_is_overwritten_later_leaves_the_model_as_it_is(folder):
+    model, _ = load_model(folder, device="cpu")
+    before = fingerprint(model)
+    with (Path(folder) / "model.safetensors").open("r+b") as file:
+        file.seek(-4096, 2)
+        file.write(bytes(4096))
+    assert fingerprint(model) == before
+
+
+def test_a_model_that_was_loaded_shares_its_weights_with_spliced_ones(folder):
+    model, _ = load_model(folder, device="cpu")
+    compressed = splice(model, {})
+    assert all(torch._C._is_cow_tensor(p) for p in compressed.parameters())
+
+
 def test_the_source_names_the_weights(folder):
     first = load_model(folder, device="cpu")[0].source
     assert (first.id, first.revision) == (folder, None)

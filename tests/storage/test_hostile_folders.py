@@ -92,7 +92,7 @@ HOSTILE = {  # form: {what the error says: change of the record}
         f"{NARROW}.*width=-1": one(NARROW, width=-1),
         f"{NARROW}.*made.*'many'": one(NARROW, width="many"),
         f"{NARROW}.*made": one(NARROW, width=None),
-        f"{NARROW}.*made.*float": one(NARROW, width=24.5),
+        f"{NARROW}.*made.*whole number": one(NARROW, width=24.5),
         f"{NARROW}.*made.*sparsity": one(NARROW, sparsity=0.5),
         f"{NARROW}.*report|{NARROW}.*tokens": one(NARROW, report={"seconds": 1}),
         f"{NARROW}.*'body' is 1": one(NARROW, body=1),
