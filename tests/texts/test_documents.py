@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
-from written import DOCUMENTS, text_of, write_jsonl
+from written import DOCUMENTS, hub_of, text_of, write_jsonl
 
 from mlpreplace.texts.corpora import documents
 
@@ -132,7 +131,17 @@ def test_what_is_no_name_is_refused(name, tmp_path, monkeypatch):
     [
         *("missing.txt", "missing.jsonl", "data.JSON", "folder/data.parquet", "owner/script.py", "./missing", "../missing"),
         *("/missing", "~/missing", "~nobody/missing", "a/b/c", "folder/", "C:\\texts", "folder\\texts", "two words", "C:/texts"),
-        *("https://example.org/a", "owner/né", "-name", "owner/name:", Path("missing"), Path("owner/name")),
+        *(
+            "https://example.org/a",
+            "owner/né",
+            "-name",
+            "owner/name:",
+            "owner/name#",
+            "a.jsonl#rows",
+            "owner/name:a#b/c",
+            Path("missing"),
+            Path("owner/name"),
+        ),
     ],
     ids=str,
 )
@@ -177,37 +186,28 @@ def offline(*args, **options):
 
 
 def breaking():
-    yield {"text": "one"}
+    yield {"text": "one", "title": "a"}
     offline()
 
 
 @pytest.mark.parametrize("load", [offline, lambda *args, **options: breaking()], ids=["at once", "later"])
-@pytest.mark.parametrize("name", ["owner/name", "name", "owner/name:config/with-slash"])
+@pytest.mark.parametrize("name", ["owner/name", "name", "owner/name:config/with-slash", "owner/name#title", "name:config#rows"])
 def test_an_unreachable_data_set_is_one_error(name, load, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load)
-    with pytest.raises(ValueError, match=rf"'{name}'.*bundled/wiki.*no route to host at all"):
+    with pytest.raises(ValueError, match=rf"'{name.partition('#')[0]}'.*bundled/wiki.*no route to host at all"):
         texts(name)
 
 
-def hub_of(monkeypatch, records: list[dict]) -> None:
-    """The hub's only data set is owner/name in its configuration small."""
-
-    def load(name, configuration, split, streaming):
-        assert (name, configuration, split, streaming) == ("owner/name", "small", "train", True)
-        return Dataset.from_list(records).to_iterable_dataset()
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-
-
 def test_a_data_set_is_read_by_its_configuration(monkeypatch):
-    hub_of(monkeypatch, [{"text": text_of(i) if i % 2 else " ", "other": i} for i in range(8)] + [{"text": None, "other": 0}])
-    assert list(documents("owner/name:small")) == [(str(i), text_of(i)) for i in (1, 3, 5, 7)]  # the others are empty
+    records = [{"text": text_of(i), "other": i} for i in range(18)] + [{"text": " ", "other": 0}, {"text": None, "other": 0}]
+    hub_of(monkeypatch, records)
+    assert list(documents("owner/name:small")) == [(str(i), text_of(i)) for i in range(18)]  # the others are empty
 
 
 def test_only_the_first_rows_of_a_data_set_are_read(monkeypatch):
-    hub_of(monkeypatch, [{"text": str(i)} for i in range(20)])
-    monkeypatch.setattr("mlpreplace.texts.corpora.HUB_DOCUMENTS", 7)
-    assert texts("owner/name:small") == [str(i) for i in range(7)]
+    hub_of(monkeypatch, [{"text": text_of(i)} for i in range(20)])
+    monkeypatch.setattr("mlpreplace.texts.corpora.HUB_ROWS", 7)
+    assert texts("owner/name:small") == [text_of(i) for i in range(7)]
 
 
 @pytest.mark.parametrize(
