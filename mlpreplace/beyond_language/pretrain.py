@@ -30,7 +30,7 @@ def pretrain(
         batches: keyword arguments of the model with labels, one batch a step, in random order.
         validation: batches of other data, which decide which weights are kept.
         seed: of the order of batches.
-        cached: keep the trained weights on disk, and continue an interrupted training at its last check.
+        cached: keep the trained weights on disk, and continue an interrupted training at its last checkpoint.
 
     Returns:
         The learning curves; ``curve_tokens`` counts items.

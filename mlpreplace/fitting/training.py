@@ -1,17 +1,23 @@
 """Training with Adam: the one loop, its checkpoints, and the block-wise training that goes on from a closed form.
 
 A step of block-wise training needs one block, no vocabulary and no other layer. So it costs milliseconds where distillation of
-the whole model costs seconds. Everything is a function of the seed: two runs give the same bits, and so does a run that was
-interrupted and started again, since each check leaves a checkpoint.
+the whole model costs seconds.
+
+Everything is trained in at least float32. At a check, parameters of half precision are measured as they would be returned:
+rounded. What is kept is the best of these. (``fit`` trains a module in float32 and rounds it afterwards.)
+
+Everything is a function of the seed: two runs give the same bits, and so does a run that was interrupted and started again at
+its last checkpoint. Only a step that runs in parts, since memory ran out, sums in another order.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -22,9 +28,10 @@ from ..models.forward import check_gradients
 from ..replacements.records import TrainingReport
 from ..runtime.cache import Entry
 from ..statistics.moments import Sample
+from .pairs import Pairs
+from .state import Checkpoints, Masters, TrainingState
 
 LOSSES = ("mse", "cosine", "both")
-CHUNK = 4096  # tokens at a time where no gradient is needed
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def _check_settings(how: Tuning | Training) -> None:
         raise ValueError(f"Expected 0 ≤ warmup < 1, got {how.warmup}.")
     for field in fields(how):
         value = getattr(how, field.name)
-        if field.name not in ("warmup", "loss") and not value > 0:
+        if field.name not in ("warmup", "loss") and field.type != "bool" and not value > 0:
             raise ValueError(f"Expected {field.name} > 0, got {value}.")
 
 
@@ -84,64 +91,12 @@ def learning_rate_at(peak: float, warmup: float, step: int, steps: int) -> float
 class Objective:
     """What a training minimises, and how it is measured."""
 
-    loss: Callable[[int], Tensor]  # of a step, with its gradient
+    losses: Callable[[int, int], Iterable[Tensor]]  # of a step, with gradients, in parts of at most so many items; their sum
+    items: int  # of the largest step
     seen: Callable[[int], int]  # tokens or items before a step
     start: Callable[[], float]  # the loss to begin the training curve with
     validation: Callable[[], float]
-
-
-class TrainingState:
-    """The state of a training at a check: parameters, the best of them, Adam's moments and the curves."""
-
-    def __init__(self, learners: nn.Module):
-        self.parameters = dict(learners.named_parameters())
-        self.optimizer = torch.optim.Adam(self.parameters.values(), betas=(0.9, 0.99))
-        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.curves: list[tuple[float, float, float]] = []  # tokens, training loss, validation loss
-        self.step, self.seconds = 0, 0.0
-
-    def record(self, tokens: int, train_loss: float, validation_loss: float) -> None:
-        if self.curves and validation_loss < min(v for _, _, v in self.curves):
-            for name, p in self.parameters.items():
-                self.best[name].copy_(p.detach())
-        self.curves.append((tokens, train_loss, validation_loss))
-
-    @property
-    def checks_since_best(self) -> int:
-        losses = [v for _, _, v in self.curves]
-        return len(losses) - 1 - losses.index(min(losses))
-
-    def step_with(self, loss: Tensor, learning_rate: float) -> None:
-        """One step of Adam down the gradient of ``loss``."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.step += 1
-
-    def finish(self, name: str, seconds: float, stopped: str) -> TrainingReport:
-        """Put the parameters of the best check back."""
-        self._set(self.best)
-        tokens, train_curve, validation_curve = map(list, zip(*self.curves, strict=True))
-        return TrainingReport(name, tokens, train_curve, validation_curve, steps=self.step, seconds=seconds, stopped=stopped)
-
-    def save(self, checkpoint: Entry) -> None:
-        adam = self.optimizer.state_dict()
-        checkpoint.save([self.parameters, self.best, adam, self.curves, self.step, self.seconds])
-
-    def load(self, checkpoint: Entry) -> bool:
-        """Take up what :meth:`save` left; False where there is nothing."""
-        if (stored := checkpoint.load()) is None:
-            return False
-        parameters, self.best, adam, self.curves, self.step, self.seconds = stored
-        self._set(parameters)
-        self.optimizer.load_state_dict(adam)
-        return True
-
-    def _set(self, values: dict[str, Tensor]) -> None:
-        for name, p in self.parameters.items():
-            p.data.copy_(values[name])
+    unit: str = "window"  # of the items
 
 
 def learn(
@@ -151,90 +106,61 @@ def learn(
     *,
     name: str,
     patience: int | None = None,
+    scaled: bool = False,
     checkpoint: Entry | None = None,
     progress: bool = True,
 ) -> TrainingReport:
     """Train the parameters of ``learners`` in place with Adam and leave them at their best check, which may be the start.
 
-    Also under torch.no_grad().
+    Half-precision parameters are in float32 while a step runs, and in their own precision at every check and at the end. Also
+    under torch.no_grad().
 
     Args:
         name: of the loss in the report.
         patience: checks without a new best before stopping; None never stops early.
-        checkpoint: where to keep the state of every check, to go on from after an interruption.
+        scaled: whether gradients pass through modules in float16, where small ones vanish unless the loss is scaled.
+        checkpoint: where to keep the state, to go on from after an interruption: at checks, as often as takes a few per cent of
+            the time.
 
     Raises:
         ValueError: a start whose loss is not finite, a call under torch.inference_mode().
     """
     check_gradients(learners)
-    state, start, recent, stopped = TrainingState(learners), time.perf_counter(), [], "finished"
-    with torch.enable_grad(), tqdm(total=how.steps, desc=name, unit="step", disable=not progress, leave=False) as bar:
+    masters, start, recent, stopped = Masters(learners), time.perf_counter(), [], "finished"
+    state = TrainingState(learners, objective.items, objective.unit, scaled)
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        bar = stack.enter_context(tqdm(total=how.steps, desc=name, unit="step", disable=not progress, leave=False))
+        stack.enter_context(masters.in_float32())
         if checkpoint is None or not state.load(checkpoint):
-            state.record(0, objective.start(), objective.validation())
+            with masters.rounded():
+                state.record(0, objective.start(), objective.validation())
             if not all(map(math.isfinite, state.curves[0])):
                 raise ValueError(
                     "The loss at the start is not finite: the model, the data or the closed form hold NaN or infinity."
                 )
-        before = state.seconds
+        before, checkpoints = state.seconds, Checkpoints(checkpoint, state)
         bar.update(state.step)
         while state.step < how.steps:
             if patience is not None and state.checks_since_best >= patience:
                 stopped = "early"
                 break
-            loss = objective.loss(state.step)
-            state.step_with(loss, learning_rate_at(how.learning_rate, how.warmup, state.step, how.steps))
-            recent.append(loss.detach())
+            rate = learning_rate_at(how.learning_rate, how.warmup, state.step, how.steps)
+            recent.append(state.step_with(partial(objective.losses, state.step), rate))
             bar.update()
             if state.step % how.check_steps and state.step < how.steps:
                 continue
-            checked = float(np.mean(torch.stack(recent).tolist())), objective.validation()
-            recent.clear()
-            if not all(map(math.isfinite, checked)):
-                stopped = "diverged"
-                break
-            state.record(objective.seen(state.step), *checked)
+            with masters.rounded():
+                checked = float(np.mean(torch.stack(recent).tolist())), objective.validation()
+                recent.clear()
+                if not all(map(math.isfinite, checked)):
+                    stopped = "diverged"
+                    break
+                state.record(objective.seen(state.step), *checked)
             state.seconds = before + time.perf_counter() - start
             bar.set_postfix(validation=f"{checked[1]:.4f}")
-            if checkpoint is not None:
-                state.save(checkpoint)
-    return state.finish(name, before + time.perf_counter() - start, stopped)
-
-
-class _Pairs:
-    """Inputs and outputs to draw minibatches from: single real tokens, or whole windows where a family looks back.
-
-    They stay where the sample is; a minibatch goes to the device and precision of ``like``, a weight of the learner.
-    """
-
-    def __init__(self, sample: Sample, loss: str, whole_windows: bool, like: Tensor):
-        x, y = sample.x, sample.y  # [windows, seq_len, hidden]
-        self.loss, self.like = loss, like
-        self.mask = sample.mask if whole_windows else None
-        self.x, self.y = (x, y) if whole_windows else (x[sample.mask], y[sample.mask])  # [items, (seq_len,) hidden]
-        self.tokens_per_item = x.shape[1] if whole_windows else 1
-        energy = y[sample.mask].to(like.dtype).square().sum(-1).mean()  # of a token's output
-        self.energy = energy.to(like.device)  # what squared errors are relative to
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def errors(self, body: nn.Module, items: Tensor | slice) -> Tensor:
-        """The loss of each real token of ``items``, [tokens]."""
-        g, y = body(self.x[items].to(self.like)), self.y[items].to(self.like)
-        if self.mask is not None:
-            keep = self.mask[items].to(g.device)
-            g, y = g[keep], y[keep]
-        mse = (g - y).square().sum(-1) / self.energy if self.loss != "cosine" else 0
-        cosine = 1 - torch.cosine_similarity(g, y, dim=-1) if self.loss != "mse" else 0
-        return mse + cosine
-
-    @torch.no_grad()
-    def mean_error(self, body: nn.Module, most: int | None = None) -> float:
-        """The loss over the first ``most`` tokens, or all."""
-        step = max(1, CHUNK // self.tokens_per_item)
-        items = len(self) if most is None else min(len(self), max(1, most // self.tokens_per_item))
-        parts = [self.errors(body, slice(i, min(i + step, items))) for i in range(0, items, step)]
-        return torch.cat(parts).double().mean().item()
+            checkpoints.save()
+        return state.finish(name, before + time.perf_counter() - start, stopped)
 
 
 def train(
@@ -262,7 +188,7 @@ def train(
     """
     check_gradients(body)
     like = next(body.parameters()).detach()
-    pairs, unseen = (_Pairs(sample, how.loss, whole_windows, like) for sample in (fitting, validation))
+    pairs, unseen = (Pairs(sample, how.loss, whole_windows, like) for sample in (fitting, validation))
     unseen.energy = pairs.energy
     if not len(pairs) or not len(unseen):
         raise ValueError("Training needs real tokens in the training and in the validation sample.")
@@ -275,15 +201,17 @@ def train(
     def order(epoch: int) -> Tensor:
         return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(pairs))).to(pairs.x.device)
 
-    def loss(step: int) -> Tensor:
+    def losses(step: int, at_once: int) -> Iterator[Tensor]:
         epoch, batch = divmod(step, per_epoch)
-        return pairs.errors(body, order(epoch)[batch * per_batch : (batch + 1) * per_batch]).mean()
+        return pairs.losses(body, order(epoch)[batch * per_batch : (batch + 1) * per_batch], at_once)
 
     objective = Objective(
-        loss,
+        losses,
+        per_batch,
         seen=lambda step: step * tokens,
         start=lambda: pairs.mean_error(body, how.check_tokens),
         validation=lambda: unseen.mean_error(body),
+        unit=pairs.unit,
     )
     schedule = Tuning(how.epochs * per_epoch, how.learning_rate, how.warmup, max(1, how.check_tokens // tokens))
     options = dict(name=how.loss, patience=how.patience, checkpoint=checkpoint, progress=progress)

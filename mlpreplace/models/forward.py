@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..runtime.turns import turn
-from .architectures import layer_lists
 from .blocks import Block
-from .inputs import Batch, input_device, is_seq2seq
+from .inputs import Batch, is_seq2seq
 
 State = Tensor | tuple  # what a module returns: hidden states, or a tuple that starts with them (attention, layers of Falcon)
 Beside = tuple[tuple, dict]  # positional and keyword arguments of a call other than the hidden states
@@ -177,62 +176,28 @@ def recording(layers: Sequence[nn.Module], depths: Iterable[int], states: Mutabl
         yield
 
 
-@dataclass
-class Pass:
-    """One run of one layer on one batch, and of a block in it or of its replacement."""
+@contextmanager
+def checkpointed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let ``layers`` keep their inputs alone for the backward pass, which computes their insides again, one layer at a time.
 
-    state: State = ()  # what the layer returns
-    x: Tensor | None = None  # input of the block, in the shape that the layer gives it
-    y: Tensor | None = None  # output of the block
-    after: nn.Module | None = None  # the norm between y and the residual stream (Gemma 2)
+    Memory then holds the hidden states of all layers and the inside of one; a step takes about a third longer. Losses and
+    gradients are the same. The backward pass may come after the context, as long as the layers are as they were. Layers must
+    draw no random numbers, as in eval mode.
 
-    @property
-    def stream(self) -> Tensor:
-        """The residual stream that leaves the layer, [batch, seq_len, hidden]."""
-        return hidden_states(self.state)
-
-    def with_stream(self, stream: Tensor) -> State:
-        """What the layer returns, with ``stream`` in place of its residual stream."""
-        return with_hidden_states(self.state, stream.reshape(self.stream.shape).to(self.stream))
-
-    def added(self, y: Tensor) -> Tensor:
-        """What a block with the output ``y`` adds to the residual stream, in the shape of ``y``."""
-        return y if self.after is None else self.after(y)
-
-
-class Walk:
-    """Batches of windows that go through a model one layer at a time. Between layers their hidden states are on the CPU.
-
-    A step calls the model itself, with all layers but one returning hidden states that are known. So a layer gets the masks,
-    positions and other inputs that the model makes. Embeddings and the last norm are computed again in each step.
-
-    Raises ValueError for an encoder-decoder, whose layers are two sequences.
+    Hooks of the layers and of modules inside them run again in the backward pass, in the same order, up to the last tensor that
+    it needs. A hook that records must thus expect a second call, and one that replaces an output must do so both times.
     """
+    own = {layer: type(layer) for layer in layers}
+    for layer, kind in own.items():
+        # the whole call, not ``forward`` alone: hooks of a layer may set what modules inside it need
+        layer.__class__ = type(kind.__name__, (kind,), {"__call__": _checkpointed_call, "__module__": kind.__module__})
+    try:
+        yield
+    finally:
+        for layer, kind in own.items():
+            layer.__class__ = kind
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor]):
-        stacks = layer_lists(model)
-        if len(stacks) > 1:
-            raise ValueError(f"{type(model).__name__} has {len(stacks)} stacks of layers: expected a model with a single one.")
-        self.model, self.layers, self.batches = model, stacks[0][2], batches
-        self.device = input_device(model)
-        self.states: list[State | None] = [None] * len(batches)  # before layer 0 None: the model embeds the tokens
 
-    def step(self, layer: int, batch: int, block: Block | None = None) -> Pass:
-        """Run the next layer on one batch, with the model as it is now. The result shows ``block`` of the layer, if given."""
-        seen, state = Pass(), self.states[batch]
-        state = None if state is None else copied_state(state, self.device)
-        with ExitStack() as stack:
-            stack.enter_context(watching(self.layers[layer], leave=lambda output: setattr(seen, "state", output)))
-            stack.enter_context(handing_on(self.layers[:layer], lambda: state))
-            stack.enter_context(handing_on(self.layers[layer + 1 :], lambda: seen.state))
-            if block is not None:
-                first, last, host = place_of(self.model, block)
-                seeing = dict(
-                    enter=lambda x, beside: setattr(seen, "x", x.clone()),
-                    leave=lambda output: setattr(seen, "y", hidden_states(output).clone()),
-                    follow=lambda module: setattr(seen, "after", module),
-                )
-                stack.enter_context(watching(first, last, **seeing, within=host))
-            run_layers(self.model, {"input_ids": self.batches[batch].to(self.device)})
-        self.states[batch] = copied_state(seen.state, "cpu")
-        return seen
+def _checkpointed_call(layer: nn.Module, *args, **kwargs) -> State:
+    (kind,) = type(layer).__bases__
+    return checkpoint(kind.__call__, layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

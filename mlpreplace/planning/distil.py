@@ -4,39 +4,36 @@ Fits of single blocks cannot see that blocks err together. :func:`tune` minimise
 translations, of next tokens. :func:`heal` minimises the KL divergence to the dense model's next-token distribution. A body that
 stands in several places is one module and gets the sum of their gradients.
 
-Source of healing: Hinton et al. 2015 (arXiv 1503.02531), KL(teacher ‖ student) at temperature 1. Of the teacher's probabilities
-the top k are kept, and one bucket for the rest.
+In a model of half precision the replacements are in float32 while a step runs, products included
+(``torch.set_float32_matmul_precision("high")`` makes these fast on a recent GPU), and everything else stays as it is. They are
+measured, kept and returned in their own precision. Through float16 the loss is scaled, so that small gradients do not vanish.
+
+Where memory runs out, a step goes on in parts of its batch, half as many items at a time, and sums their gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..fitting.state import is_half
 from ..fitting.training import Objective, Tuning, learn
-from ..models.forward import check_gradients, eval_mode
-from ..models.inputs import Batch, check_batches, check_windows, input_device, items, on_device
+from ..models.architectures import layer_lists
+from ..models.forward import check_gradients, checkpointed, eval_mode
+from ..models.inputs import Batch, check_batches, check_windows, input_device, items
 from ..models.layers import find_layers, find_parts
 from ..replacements.families import Replacement
 from ..replacements.records import TrainingReport
 from ..replacements.splice import Improved, Plan, bodies, check_plan, copied, sharing, spliced
 from ..replacements.whole_layers import Tuned
 from ..runtime.cache import Entry, cached
+from ..runtime.memory import AtOnce
 from ..runtime.turns import turn
-
-Loss = Callable[[nn.Module, Batch], Tensor]  # the mean over a batch
-
-
-def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss that a model computes of the batch's labels; raises ValueError where it has none."""
-    if "labels" not in batch:
-        raise ValueError(f"No labels among {', '.join(batch)}: give them to the batch, or a loss(model, batch).")
-    return model(**batch).loss
+from .objectives import Loss, batch_objective, distillation, mean_loss, own_loss, teach
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,7 @@ class Healing(Tuning):
 
     batch_windows: int = 2
     top_k: int = 64  # of the dense model's probabilities; all others are one bucket
+    gradient_checkpointing: bool = False  # less memory, a third more time: see :func:`~mlpreplace.models.forward.checkpointed`
 
 
 def tune(
@@ -66,10 +64,10 @@ def tune(
     Args:
         batches: keyword arguments of the model, one batch a step; gone through in random order, again and again if need be.
         validation: batches of other data, which decide the state that is kept; never held-out ones.
-        loss: (model, batch on its device) → the batch's mean.
+        loss: (model, batch on its device) → the mean over the batch's items.
         seed: of the order of batches.
-        cached: keep the result on disk; an interrupted tuning goes on at its last check. Only of the model's own loss, which is
-            known by its labels.
+        cached: keep the result on disk; an interrupted tuning goes on at its last checkpoint. Only of the model's own loss, which
+            is known by its labels.
 
     Returns:
         The tuned plan, and its curves; ``curve_tokens`` are items here: images, windows, sentences. Where no check beat the
@@ -111,7 +109,8 @@ def _train(
     with eval_mode(model):
         made = objective()  # of the dense model
         with _learning(model, plan, learners):
-            return learn(learners, made, how, name=name, checkpoint=checkpoint, progress=progress)
+            scaled = any(p.dtype == torch.float16 for p in model.parameters())
+            return learn(learners, made, how, name=name, scaled=scaled, checkpoint=checkpoint, progress=progress)
 
 
 @contextmanager
@@ -121,7 +120,10 @@ def _learning(model: nn.Module, plan: Plan, learners: nn.Module) -> Iterator[Non
     try:
         model.requires_grad_(False)
         learners.requires_grad_(True)
-        with spliced(model, plan):
+        with spliced(model, plan), ExitStack() as stack:
+            for replacement in plan.values():
+                if replacement.family.keeps_precision:
+                    stack.enter_context(_reading_masters(replacement))
             yield
     finally:
         learners.requires_grad_(False)
@@ -129,31 +131,29 @@ def _learning(model: nn.Module, plan: Plan, learners: nn.Module) -> Iterator[Non
             parameter.requires_grad_(required)
 
 
-def batch_objective(model: nn.Module, batches: list[Batch], validation: list[Batch], loss: Loss, seed: int) -> Objective:
-    """One batch a step, in random order, again and again if need be. Raises ValueError where there are no batches."""
-    check_batches(batches)
-    check_batches(validation, "validation batches")
-    sizes = np.array([items(batch) for batch in batches])
+@contextmanager
+def _reading_masters(replacement: Replacement) -> Iterator[None]:
+    """Let a replacement that takes its input as it is read it in float32 while its half-precision weights are in float32.
 
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([seed, epoch]).permutation(len(batches))
+    Other families do so by themselves.
+    """
+    half = next(((p, p.dtype) for p in replacement.body.parameters() if is_half(p)), None)
+    if half is None:
+        yield
+        return
+    forward, (weight, own) = replacement.forward, half
 
-    def seen(step: int) -> int:
-        epoch, turn = divmod(step, len(batches))
-        return int(epoch * sizes.sum() + sizes[order(epoch)[:turn]].sum())
+    def reading(hidden_states: Tensor) -> Tensor:
+        if weight.dtype == own:
+            return forward(hidden_states)
+        y = forward(hidden_states.to(weight.dtype))
+        return y if replacement.widens else y.to(hidden_states.dtype)
 
-    def of_step(step: int) -> Tensor:
-        epoch, turn = divmod(step, len(batches))
-        return loss(model, on_device(batches[order(epoch)[turn]], model))
-
-    return Objective(of_step, seen, lambda: _mean(model, batches[:1], loss), lambda: _mean(model, validation, loss))
-
-
-@torch.no_grad()
-def _mean(model: nn.Module, batches: Iterable[Batch], loss: Loss) -> float:
-    """Over items."""
-    values = [(float(loss(model, on_device(batch, model))), items(batch)) for batch in batches]
-    return sum(value * n for value, n in values) / sum(n for _, n in values)
+    replacement.forward = reading  # on the instance: hooks of the replacement stay in use
+    try:
+        yield
+    finally:
+        del replacement.forward
 
 
 def losses(
@@ -170,10 +170,11 @@ def losses(
     """
     batches, found = list(batches), {}
     check_batches(batches)
+    at_once = AtOnce(max(map(items, batches)), "item")
     with eval_mode(model):
         for label, plan in plans.items():
             with spliced(model, plan):
-                found[label] = _mean(model, batches, loss)
+                found[label] = mean_loss(model, batches, loss, at_once)
     return found
 
 
@@ -211,7 +212,8 @@ def heal(
         windows: token ids to learn from [windows, seq_len]; gone through in random order, again and again if need be.
         validation: token ids of other documents [windows, seq_len], which decide the state that is kept; never held-out ones.
         seed: of the order of windows.
-        cached: keep the result on disk, and the dense model's probabilities; an interrupted healing goes on at its last check.
+        cached: keep the result on disk, and the dense model's probabilities; an interrupted healing goes on at its last
+            checkpoint.
 
     Returns:
         The healed plan, and its curves: KL(dense ‖ spliced) in nats per token over ``how.top_k`` tokens and the bucket (the
@@ -232,66 +234,13 @@ def heal(
         return Improved(healed, _train(bodies(healed), *matter, cached=cached, progress=progress))
 
 
-@dataclass
-class _Teacher:
-    """The dense model's most probable next tokens after every token of some windows."""
-
-    log_p: Tensor  # [windows, seq_len, top_k]
-    tokens: Tensor  # [windows, seq_len, top_k]
-
-    def kl(self, logits: Tensor, windows: Tensor | slice) -> Tensor:
-        """Mean KL(dense ‖ student) in nats per token over the top-k tokens and one bucket for all others.
-
-        It is a lower bound of the KL over the whole vocabulary (data-processing inequality).
-        """
-        log_p, tokens = self.log_p[windows].to(logits.device), self.tokens[windows].to(logits.device)
-        log_q = logits.gather(-1, tokens) - logits.logsumexp(-1, keepdim=True)
-        rest_p, rest_q = _rest(log_p), _rest(log_q)
-        return ((log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).mean()
-
-
-def _rest(log_p: Tensor) -> Tensor:
-    """Probability of all tokens that are not among the top k, [...]; rounding may not make it zero."""
-    return (1 - log_p.exp().sum(-1)).clamp_min(1e-6)
-
-
-@cached("teacher")
-@torch.inference_mode()
-def _teach(model: nn.Module, windows: Tensor, *, top_k: int, batch_size: int) -> _Teacher:
-    """One dense pass over ``windows``, the same for every plan that learns from them."""
-    log_p, tokens = [], []
-    with eval_mode(model):
-        for ids in windows.split(batch_size):
-            logits = model(ids.to(input_device(model)), use_cache=False).logits.float()  # [windows, seq_len, vocab]
-            top, where = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-            log_p.append((top - logits.logsumexp(-1, keepdim=True)).cpu())
-            tokens.append(where.cpu())
-    return _Teacher(torch.cat(log_p), torch.cat(tokens))
-
-
 def _distillation(model: nn.Module, windows: Tensor, validation: Tensor, how: Healing, seed: int, cached: bool) -> Objective:
-    """``how.batch_windows`` windows a step, in random order, again and again if need be."""
+    layers = [layer for *_, layers in layer_lists(model) for layer in layers]
+
+    def student(ids: Tensor) -> Tensor:
+        with checkpointed(layers) if how.gradient_checkpointing else nullcontext():
+            return model(ids.to(input_device(model)), use_cache=False).logits.float()
+
     of_teacher = dict(top_k=how.top_k, batch_size=how.batch_windows, cached=cached)
-    teacher, examiner = (_teach(model, ids, **of_teacher) for ids in (windows, validation))
-    batch, seq_len = min(how.batch_windows, len(windows)), windows.shape[1]
-    per_epoch = len(windows) // batch
-
-    def loss(ids: Tensor, teacher: _Teacher, chosen: Tensor | slice) -> Tensor:
-        return teacher.kl(model(ids[chosen].to(input_device(model)), use_cache=False).logits.float(), chosen)
-
-    @torch.no_grad()
-    def mean(ids: Tensor, teacher: _Teacher) -> float:
-        parts = [slice(i, i + how.batch_windows) for i in range(0, len(ids), how.batch_windows)]
-        return float(np.average([loss(ids, teacher, part).item() for part in parts], weights=[len(ids[part]) for part in parts]))
-
-    def of_step(step: int) -> Tensor:
-        epoch, turn = divmod(step, per_epoch)
-        order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(windows)))
-        return loss(windows, teacher, order[turn * batch : (turn + 1) * batch])
-
-    return Objective(
-        of_step,
-        seen=lambda step: step * batch * seq_len,
-        start=lambda: mean(windows[:batch], teacher),
-        validation=lambda: mean(validation, examiner),
-    )
+    teachers = [teach(model, ids, **of_teacher) for ids in (windows, validation)]
+    return distillation(student, windows, validation, *teachers, how.batch_windows, seed)

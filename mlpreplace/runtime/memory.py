@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 import warnings
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
+import psutil
 import torch
 
 WINDOWS = 4  # that run at a time on a CPU
 MOST_WINDOWS = 16  # that run at a time on a GPU; more are not faster
+VARIABLE = "MLPREPLACE_MEMORY_BUDGET"
+MOST_BUDGET = 2 * 1024**3  # of a model on a CPU by default: what more would save is passes over text
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Result = TypeVar("Result")
 
@@ -23,6 +29,28 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
+def memory_budget(given: int | str | None, devices: Collection[torch.device]) -> int:
+    """Bytes that statistics and candidates may take at a time, beside the model and what is chosen for it.
+
+    Args:
+        given: bytes, or a text like "500MB" or "2GiB"; None is what ``MLPREPLACE_MEMORY_BUDGET`` says, and by default half of
+            what is free on the host and on each of ``devices``, but at most 2 GiB where a CPU is among them.
+
+    Raises ValueError for what is no size.
+    """
+    given = os.environ.get(VARIABLE) if given is None else given
+    if given is None:
+        free = [free for device in devices if (free := free_bytes(device)) is not None]
+        most = [] if len(free) == len(devices) else [MOST_BUDGET]
+        return min([psutil.virtual_memory().available // 2, *(bytes_free // 2 for bytes_free in free), *most])
+    found = re.fullmatch(r"\s*([\d_.]+)\s*([A-Za-z]*)\s*", str(given))
+    if not found or found[2].upper() not in UNITS or not re.fullmatch(r"\d+(\.\d+)?", number := found[1].replace("_", "")):
+        raise ValueError(
+            f'Expected a memory budget in bytes, or like "500MB" or "2GiB", got {given!r} ({VARIABLE}, or an argument).'
+        )
+    return int(float(number) * UNITS[found[2].upper()])
+
+
 def windows_at_once(devices: Collection[torch.device], window_bytes: int) -> int:
     """Windows that run at a time: 4 on a CPU; on GPUs as many of ``window_bytes`` as fit half of the free memory, up to 16."""
     free = [free_bytes(device) for device in devices]
@@ -31,18 +59,38 @@ def windows_at_once(devices: Collection[torch.device], window_bytes: int) -> int
     return max(1, min(MOST_WINDOWS, min(free) // (2 * window_bytes)))
 
 
-def halving(run: Callable[[int], Result], windows: int) -> Result:
-    """``run(windows)``. Where memory runs out, start again with half as many windows at a time, and so on, down to one.
+def halving(run: Callable[[int], Result], number: int, unit: str = "window") -> Result:
+    """``run(number)`` of windows at a time. Where memory runs out, start again with half as many, and so on, down to one.
 
-    Raises torch.OutOfMemoryError where not even one window at a time fits.
+    Args:
+        unit: of what runs, in messages.
+
+    Raises torch.OutOfMemoryError where not even one at a time fits.
     """
     while True:
         try:
-            return run(windows)
+            return run(number)
         except torch.OutOfMemoryError as error:
-            if windows == 1:
-                error.add_note("Not even one window at a time fits: shorter windows, fewer blocks at a time, or more devices do.")
+            if number == 1:
+                hint = "shorter windows, fewer blocks at a time, or more devices do."
+                error.add_note(f"Not even one {unit} at a time fits: {hint}")
                 raise
-        windows //= 2  # outside of the except clause, since the error keeps the tensors of the run alive
-        warnings.warn(f"Out of memory: going on with {windows} windows at a time.", stacklevel=3)
+        number //= 2  # outside of the except clause, since the error keeps the tensors of the run alive
+        warnings.warn(f"Out of memory: going on with {number} {unit}s at a time.", stacklevel=3)
         gc.collect()
+
+
+class AtOnce:
+    """How many run at a time in a loop: :func:`halving`, where the smaller number stays for the rest of the loop."""
+
+    def __init__(self, most: int, unit: str = "window"):
+        self.most, self.unit = most, unit
+
+    def __call__(self, run: Callable[[int], Result]) -> Result:
+        """``run(most)``, or with fewer; raises as :func:`halving`."""
+
+        def kept(number: int) -> Result:
+            self.most = number
+            return run(number)
+
+        return halving(kept, self.most, self.unit)

@@ -13,7 +13,7 @@ from forked import SERVER
 from tiny_models import build, random_windows
 
 from mlpreplace import ConvMLP, LowRank, NarrowMLP, Training, TwoLayerMLP, fit
-from mlpreplace.fitting import training as training_module
+from mlpreplace.fitting import state
 from mlpreplace.fitting.errors import sample_errors
 from mlpreplace.fitting.fit import fit_all
 from mlpreplace.fitting.training import learning_rate_at
@@ -214,15 +214,16 @@ def test_an_interrupted_training_goes_on_where_it_was(checks, pairs, results, mo
     blocks, stats = pairs
     how = Training(**FAST)
     whole = fit(blocks[1], stats, NarrowMLP(16), training=how)
-    save, seen = training_module.TrainingState.save, []
+    monkeypatch.setattr(state, "PAUSE", 0)  # a checkpoint at every check
+    save, seen = state.TrainingState.save, []
 
-    def interrupted(state, entry):
-        save(state, entry)
-        seen.append(state.step)
+    def interrupted(training, entry):
+        save(training, entry)
+        seen.append(training.step)
         if len(seen) == checks:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_module.TrainingState, "save", interrupted)
+    monkeypatch.setattr(state.TrainingState, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(blocks[1], stats, NarrowMLP(16), training=how, cached=True)
     resumed = fit(blocks[1], stats, NarrowMLP(16), training=how, cached=True)

@@ -8,7 +8,6 @@ from torch import nn
 from mlpreplace import find_blocks
 from mlpreplace.models.architectures import layer_lists
 from mlpreplace.models.forward import (
-    Walk,
     copied_state,
     eval_mode,
     handing_on,
@@ -179,41 +178,6 @@ def test_a_copied_state_is_a_copy_of_the_hidden_states():
 
 
 @torch.no_grad()
-def seen_in_a_pass(model, block, ids) -> dict[str, torch.Tensor]:
-    """Input and output of a block and the residual stream after its layer, in a pass through the whole model."""
-    first, last, host = place_of(model, block)
-    seen = {}
-    with (
-        watching(
-            first, last, enter=lambda x, _: seen.update(x=x.clone()), leave=lambda y: seen.update(y=hidden_states(y).clone())
-        ),
-        watching(host, leave=lambda output: seen.update(stream=hidden_states(output).clone())),
-    ):
-        run_layers(model, {"input_ids": ids})
-    return seen
-
-
-@pytest.mark.parametrize("name", READS_TOKENS)
-@torch.no_grad()
-def test_a_walk_is_the_model_layer_by_layer(name):
-    model, batches = build(name), [random_windows(2), random_windows(3, seed=1)]
-    walk = Walk(model, batches)
-    for block in find_blocks(model):
-        for n, ids in enumerate(batches):
-            step, seen = walk.step(block.layer, n, block), seen_in_a_pass(model, block, ids)
-            assert torch.equal(step.x, seen["x"]) and torch.equal(step.y, seen["y"])
-            assert torch.equal(step.stream, seen["stream"]) and torch.equal(hidden_states(walk.states[n]), seen["stream"])
-            assert (step.after is not None) == (name == "gemma2")
-            assert torch.equal(step.added(step.y), step.y if step.after is None else step.after(step.y))
-            assert torch.equal(hidden_states(step.with_stream(step.stream + 1)), step.stream + 1)
-    assert not hooks(model) and not any("forward" in vars(layer) for layer in walk.layers)
-
-
-def test_a_walk_needs_a_single_stack():
-    with pytest.raises(ValueError, match="2 stacks of layers"):
-        Walk(build("t5"), [random_windows(2)])
-
-
 # the rest
 
 

@@ -10,6 +10,8 @@ import torch
 from tiny_models import CAUSAL, build, random_windows
 
 from mlpreplace import NarrowMLP, capture, compare, find_blocks, fit, heal, spliced
+from mlpreplace.fitting import state
+from mlpreplace.fitting.state import TrainingState
 from mlpreplace.planning.distil import Healing
 from mlpreplace.replacements.families import Replacement
 from mlpreplace.replacements.whole_layers import Removed
@@ -87,21 +89,20 @@ def test_a_start_that_no_check_beats_is_returned(case):
 
 
 def test_same_seed_same_bits_and_an_interrupted_run_ends_the_same(case, tmp_path, monkeypatch):
-    from mlpreplace.fitting.training import TrainingState
-
     model, plan, windows, validation = case
     monkeypatch.setenv("MLPREPLACE_CACHE", str(tmp_path))
     undisturbed, report = heal(model, plan, windows, validation, HOW, seed=3, progress=False)
     other, _ = heal(model, plan, windows, validation, HOW, seed=4, progress=False)
     save, seen = TrainingState.save, []
 
-    def interrupted(state, entry):
-        save(state, entry)
-        seen.append(state.step)
+    def interrupted(training, entry):
+        save(training, entry)
+        seen.append(training.step)
         if len(seen) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(TrainingState, "save", interrupted)
+    monkeypatch.setattr(state, "PAUSE", 0)  # a checkpoint at every check
     with pytest.raises(KeyboardInterrupt):
         heal(model, plan, windows, validation, HOW, seed=3, cached=True, progress=False)
     assert all(p.requires_grad for p in model.parameters())

@@ -9,7 +9,8 @@ import torch
 from tiny_models import batches_for, build, random_windows
 
 from mlpreplace import compare, find_blocks, heal, refit, splice
-from mlpreplace.fitting.training import TrainingState
+from mlpreplace.fitting import state
+from mlpreplace.fitting.state import TrainingState
 from mlpreplace.methods.merging import merge_mlps
 from mlpreplace.models.inputs import token_batches
 from mlpreplace.planning.distil import Healing, Tuning, losses, tune, with_rest
@@ -105,11 +106,12 @@ def test_what_is_kept_is_tied_and_an_interrupted_run_ends_the_same(results, monk
     undisturbed, report = tune(model, plan, batches, batches, HOW, progress=False)
     save = TrainingState.save
 
-    def interrupted(state, entry):
-        save(state, entry)
+    def interrupted(training, entry):
+        save(training, entry)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TrainingState, "save", interrupted)
+    monkeypatch.setattr(state, "PAUSE", 0)  # a checkpoint at every check
     with pytest.raises(KeyboardInterrupt):
         tune(model, plan, batches, batches, HOW, cached=True, progress=False)
     monkeypatch.setattr(TrainingState, "save", save)
