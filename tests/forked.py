@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 
@@ -37,20 +38,26 @@ class Kernel:
         self.send_signal(signal.SIGKILL)
 
 
-def launch_kernel(command: list[str], *, env: dict[str, str], **_) -> Kernel:
-    """In place of jupyter_client's: the arguments of ``python -m ipykernel_launcher`` go to a forked process."""
-    process = SERVER.Process(target=_serve, args=(command[command.index("-f") :], os.getcwd(), env))
+def launch_kernel(command: list[str], *, env: dict[str, str], prepare: Callable[[], object] | None = None, **_) -> Kernel:
+    """In place of jupyter_client's: the arguments of ``python -m ipykernel_launcher`` go to a forked process.
+
+    Args:
+        prepare: called in the process before its kernel starts.
+    """
+    process = SERVER.Process(target=_serve, args=(command[command.index("-f") :], os.getcwd(), env, prepare))
     process.start()
     while os.getpgid(process.pid) != process.pid:  # or its signals would reach the tests
         time.sleep(0.001)
     return Kernel(process)
 
 
-def _serve(arguments: list[str], cwd: str, env: dict[str, str]) -> None:
+def _serve(arguments: list[str], cwd: str, env: dict[str, str], prepare: Callable[[], object] | None) -> None:
     from ipykernel.kernelapp import launch_new_instance
 
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    if prepare is not None:
+        prepare()
     launch_new_instance(argv=[*arguments, f"--IPKernelApp.parent_handle={os.getppid()}"])  # it ends with the server

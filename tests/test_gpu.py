@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import captured_whole, save_locally
@@ -42,9 +44,18 @@ def test_a_model_lands_on_the_gpu_in_the_precision_of_its_checkpoint(device, tmp
     assert m.perplexity(compressed, random_windows(2), progress=False).value > 1
 
 
-def test_int8_is_refused_on_a_gpu():
-    with pytest.raises(ValueError, match="int8 product here is the CPU's"):
-        m.evaluation.int8.quantized(build("llama").to("cuda"))
+def test_int8_on_a_gpu_is_that_on_the_cpu():
+    """Many tokens and one; an MLP of a width that is no multiple of 8."""
+    model = build("llama", intermediate_size=43)
+    expected, found = (m.evaluation.quantized(copy.deepcopy(model).to(device)) for device in ("cpu", "cuda"))
+    for ids in (random_windows(6), random_windows(1, 1)):
+        torch.testing.assert_close(found(ids.cuda()).logits.cpu(), expected(ids).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_the_cache_changes_no_logits_on_a_gpu():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        error, tolerance = m.models.cache_error(build("llama").to("cuda", dtype), random_windows(2), prompt=4)
+        assert error <= tolerance, dtype
 
 
 def test_free_memory_is_that_of_the_gpu_and_shrinks():

@@ -8,14 +8,15 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from conftest import capture_quietly, captured_whole, save_locally
-from fake_device import register
+from fake_device import FakeTensor, register
 from tiny_models import build, random_windows
 
 import mlpreplace as m
+from mlpreplace.evaluation import int8
 from mlpreplace.models import loading
 from mlpreplace.models.blocks import find_blocks
 from mlpreplace.runtime import memory
-from mlpreplace.statistics import moments
+from mlpreplace.statistics import moments, unit_similarity
 
 FAKE = register()
 
@@ -52,6 +53,43 @@ def test_the_stand_in_refuses_tensors_of_two_devices():
             other()
 
 
+def test_the_stand_in_refuses_what_a_gpu_cannot_do():
+    a, of_cpu = torch.ones(3, 3, device=FAKE), torch.Generator().manual_seed(0)
+    for refused, why in (
+        (lambda: torch.randn(3, device=FAKE, generator=of_cpu), "generator"),
+        (lambda: a.long() @ a.long(), "not implemented for torch.int64"),
+        (lambda: a.index_put_((a > 0,), torch.ones(9)), "one device"),
+        (lambda: torch._int_mm(a.to(torch.int8), a.to(torch.int8)), "more than 16 rows"),
+        (a.numpy, "numpy"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            refused()
+    assert isinstance(a[torch.ones(3, dtype=torch.bool)], FakeTensor), "indices may be the CPU's"
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (16, 33, 5), (17, 40, 17), (33, 64, 24)], ids=str)
+def test_an_int8_product_is_filled_up_to_what_a_gpu_takes(shape):
+    """(tokens, in, out); the stand-in takes no other sizes, either."""
+    tokens, width, outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-127, 128, (n, width), generator=generator).to(torch.int8) for n in (tokens, outputs))
+    found = int8.int8_product(x.to(FAKE), weight.to(FAKE))
+    assert found.shape == (tokens, outputs) and found.dtype == torch.int32
+    assert torch.equal(found.cpu().long(), x.long() @ weight.long().T)
+
+
+def test_int8_layers_off_the_cpu_are_those_of_a_cpu(llama, spread, monkeypatch):
+    _, stats = capture_quietly(llama, random_windows(4))
+    small = m.splice(llama, {block: m.fit(block, stats, m.NarrowMLP(27)) for block in stats})
+    with pytest.raises(m.models.NotApplicable, match=r"on fake:0, which has no int8 product.*model\.to\('cpu'\)"):
+        int8.quantized(spread)
+    monkeypatch.setattr(int8, "has_product", lambda device: True)
+    for model in (llama, small):
+        expected, found = int8.quantized(model), int8.quantized(copy.deepcopy(model).to(FAKE))
+        for ids in (random_windows(6), random_windows(1, 1)):  # many tokens, and one as in decoding
+            same(found(ids.to(FAKE)).logits, expected(ids).logits)
+
+
 def test_a_model_on_two_devices_gives_the_logits_of_one(llama, spread):
     ids = random_windows()
     assert [block.device.type for block in find_blocks(spread)] == ["fake", "cpu", "fake"]
@@ -78,17 +116,15 @@ def test_capture_and_every_closed_form_on_two_devices_are_those_of_one(llama, sp
             assert fitted.report.validation.pooled == pytest.approx(alone.report.validation.pooled, rel=1e-3)
 
 
-def test_sums_without_room_on_the_device_are_kept_on_the_cpu_and_fitted_on_the_device(spread, monkeypatch):
+def test_statistics_captured_in_groups_are_those_captured_at_once(spread):
     windows = random_windows(4)
-    _, expected = capture_quietly(spread, windows)
-    for module in (memory, moments):
-        monkeypatch.setattr(module, "free_bytes", lambda device: 1000 if device == FAKE else None)
-    blocks, found = capture_quietly(spread, windows)
-    assert {s.hh.device.type for s in found.values()} == {"cpu"}
+    blocks, expected = capture_quietly(spread, windows)
+    _, found = capture_quietly(spread, windows, memory_budget=1)
+    assert not isinstance(found, dict), "a block at a time"
     for block in blocks:
-        same(found[block].hh, expected[block].hh, rtol=0, atol=0)
-        fitted = m.fit(block, found, m.NarrowMLP(24))
-        assert {p.device for p in fitted.parameters()} == {block.device}
+        s, fitted = found[block], m.fit(block, found, m.NarrowMLP(24))
+        assert s.hh.device == block.device and {p.device for p in fitted.parameters()} == {block.device}
+        same(s.hh, expected[block].hh, rtol=0, atol=0)
         same(fitted.body.down.weight, m.fit(block, expected, m.NarrowMLP(24)).body.down.weight, rtol=0, atol=0)
 
 
@@ -130,6 +166,18 @@ def test_prices_refit_streams_and_units_on_two_devices_are_those_of_one(llama, s
         found.append([*rows, *(torch.from_numpy(r.nll) for r in measured.values())])
     for one, several in zip(*found, strict=True):
         same(several, one, rtol=1e-3, atol=1e-4)
+
+
+def test_units_without_room_on_the_device_are_kept_on_the_cpu_and_compared_on_the_device(spread, monkeypatch):
+    blocks, batches, found = find_blocks(spread), m.models.token_batches(random_windows(6)), []
+    room = 2 * 50 * 2 * 4 * blocks[0].hidden_size  # half of it for 50 tokens of the two blocks there
+    for free in (room, room - 1):
+        monkeypatch.setattr(unit_similarity, "free_bytes", lambda device, free=free: free if device == FAKE else None)
+        units = m.statistics.capture_units(spread, blocks, batches, most_tokens=50, progress=False)
+        assert {units.of(block).device for block in blocks[::2]} == {FAKE if free == room else torch.device("cpu")}
+        assert units.correlations(blocks[0], blocks[2]).device == FAKE
+        found.append(m.statistics.cka_map(units, blocks, progress=False))
+    assert torch.equal(*found)
 
 
 def test_methods_that_remove_layers_work_on_two_devices(spread, llama):

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from ..models.blocks import KINDS, find_blocks
+from ..models.blocks import KINDS, NotApplicable, find_blocks
 from ..models.weights import Inserted, unlike_linear
 from ..replacements.splice import lazy_clone, lazy_copy, refuse_checkpoint
 
 ACTIVATION_LEVELS = 127
 WEIGHT_LEVELS = 63  # not 127: x86 without VNNI adds pairs of products in 16 bits, which hold at most 2 · 255 · 64
+FEWEST, STEP = 17, 8  # of a CUDA product: rows at least, and what both widths are multiples of
 NARROWEST = 16  # outputs; smaller layers are left out: they gain nothing, and the router of a mixture stays exact
 
 
@@ -41,13 +43,35 @@ class Int8Linear(Inserted):
         tokens = x.reshape(-1, self.in_features).float()  # [tokens, in]
         scale = tokens.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(ACTIVATION_LEVELS)  # [tokens, 1]
         quantized = tokens.div(scale).round_().to(torch.int8)
-        y = torch._int_mm(quantized, self.weight.t()).float().mul_(scale).mul_(self.scale)  # [tokens, out]
+        y = int8_product(quantized, self.weight).float().mul_(scale).mul_(self.scale)  # [tokens, out]
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """X Wᵀ in int32, [tokens, out], of int8 ``x`` [tokens, in] and ``weight`` [out, in].
+
+    cuBLAS takes 17 rows or more, and widths that are multiples of 8. Off the CPU both are filled up with zeros.
+    """
+    (tokens, width), outputs = x.shape, len(weight)
+    if x.device.type != "cpu":
+        x = _filled(x, max(tokens, FEWEST), width + -width % STEP)
+        weight = _filled(weight, outputs + -outputs % STEP, width + -width % STEP)
+    return torch._int_mm(x, weight.t())[:tokens, :outputs]
+
+
+def _filled(t: Tensor, rows: int, columns: int) -> Tensor:
+    """``t`` with zeros below and to the right of it, [rows, columns]."""
+    return t if t.shape == (rows, columns) else pad(t, (0, columns - t.shape[1], 0, rows - t.shape[0]))
+
+
+def has_product(device: torch.device) -> bool:
+    """Whether PyTorch has an int8 product for ``device``: for CPUs, and for NVIDIA's GPUs from Turing (7.5) on."""
+    return device.type == "cpu" or device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 5)
 
 
 def quantized(model: nn.Module) -> nn.Module:
@@ -59,14 +83,14 @@ def quantized(model: nn.Module) -> nn.Module:
     of the result raises.
 
     The arithmetic is that of torchao's Int8DynamicActivationInt8Weight with one bit less for weights. With 8 bits, products
-    overflow silently on a processor without VNNI instructions; with 7, all processors give the same numbers.
+    overflow silently on a processor without VNNI instructions; with 7, all processors give the same numbers, and GPUs too.
 
     Raises:
-        ValueError: a model that is not on a CPU, no linear layer to quantize, blocks that give float32 in half precision (T5).
+        NotApplicable: a model on a device for which PyTorch has no int8 product.
+        ValueError: no linear layer to quantize, blocks that give float32 in half precision (T5).
     """
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        raise ValueError(f"The model is on {device}; the int8 product here is the CPU's: quantize model.to('cpu').")
+    if without := [device for device in {p.device: None for p in model.parameters()} if not has_product(device)]:
+        raise NotApplicable(f"The model is on {without[0]}, which has no int8 product in PyTorch: quantize model.to('cpu').")
     blocks = [block for kind in KINDS for block in find_blocks(model, kind)]
     if wide := [block for block in blocks if block.widens]:
         raise ValueError(

@@ -3,7 +3,7 @@
 from .architectures import Stack, register_architecture
 from .blocks import Block, NotApplicable, count_parameters, evenly, find_blocks
 from .checkpoints import pretrained, tokenizer_of
-from .generation import generate_windows
+from .generation import cache_error, generate_windows
 from .inputs import in_batches, token_batches
 from .layers import find_layers
 from .loading import Source, load_model, resolve_device

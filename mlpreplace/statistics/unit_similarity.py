@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -24,9 +25,12 @@ from ..models.blocks import Block
 from ..models.forward import watching
 from ..models.inputs import Batch, check_batches
 from ..runtime.cache import cached
+from ..runtime.memory import free_bytes
 from .collect import Collector, collect
 from .weight_check import WeightCheck
 
+MOST_TOKENS = 2**16  # kept of a block
+COLUMNS = 64  # centred at a time
 CONSTANT = 1e-12  # a unit with a variance below this share of |w|² tr Cov(x) is constant: float32 inputs round to as much
 
 
@@ -46,11 +50,14 @@ class Units:
         return self.inputs[block]
 
     def input_covariance(self, a: Block, b: Block) -> Tensor:
-        """Cov(x_a, x_b), [hidden, hidden] in float64, where ``a`` is; raises ValueError for blocks of different stacks."""
+        """Cov(x_a, x_b), [hidden, hidden] in float64, where ``a`` is; raises ValueError for blocks of different stacks.
+
+        Memory: 16 · tokens · hidden bytes more while it runs.
+        """
         if a.stack != b.stack:
             raise ValueError(f"{a.name} and {b.name} are of different stacks: they do not see the same tokens.")
-        x = self.of(a)
-        return x.double().T @ self.of(b).to(x.device, torch.float64) / self.tokens(a)
+        x, y = (self.of(block).to(a.device, torch.float64) for block in (a, b))
+        return x.T @ y / self.tokens(a)
 
     def covariances(self, a: Block, b: Block) -> Tensor:
         """Cov(u_a, u_b) of the units of each projection, [projections, units, units] in float64."""
@@ -79,15 +86,40 @@ def projections(block: Block) -> list[Tensor]:
     return [w.double() for w in (weights.gate, weights.up) if w is not None]
 
 
-class _Inputs(Collector):
-    """The collector of :func:`capture_units`: what enters each block, [tokens, hidden], batch by batch."""
+class Rows:
+    """At most ``most`` rows of all that are added, in memory of their own on ``home``.
 
-    def __init__(self, blocks: list[Block]):
+    Every row gets a number from a fixed random stream and is kept where that is below a share. The share is 1 until there are
+    too many, and is then halved. So the choice is the same for all blocks of a stack and for any size of a batch, and even. It
+    has no period that could meet that of windows, whose first tokens are unlike the others.
+    """
+
+    def __init__(self, most: int, home: torch.device):
+        self.most, self.home, self.share, self.random = most, home, 1.0, np.random.default_rng(0)
+        self.parts: list[tuple[Tensor, Tensor]] = []  # (numbers [tokens], rows [tokens, hidden])
+
+    def add(self, rows: Tensor) -> None:
+        numbers, chosen = self._below(torch.from_numpy(self.random.random(len(rows))), rows)
+        self.parts.append((numbers, chosen.to(self.home)))
+        while sum(len(numbers) for numbers, _ in self.parts) > self.most:
+            self.share /= 2
+            self.parts = [self._below(*part) for part in self.parts]
+
+    def _below(self, numbers: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of those whose number is below the share."""
+        kept = (numbers < self.share).nonzero().squeeze(1)
+        return numbers[kept], rows[kept.to(rows.device)]
+
+
+class _Inputs(Collector):
+    """The collector of :func:`capture_units`: what enters each block."""
+
+    def __init__(self, blocks: list[Block], most: int):
         super().__init__(block.stack for block in blocks)
-        self.parts: dict[Block, list[Tensor]] = {block: [] for block in blocks}
+        self.of = {block: Rows(most, home) for block, home in _homes(blocks, most).items()}
 
     def watch(self, hooks: ExitStack) -> None:
-        for block in self.parts:
+        for block in self.of:
             hooks.enter_context(watching(block.modules[0], enter=partial(self._keep, block)))
             WeightCheck(self, block).watch(hooks)
 
@@ -96,11 +128,31 @@ class _Inputs(Collector):
         if real is not None and (real.dim() != 2 or real.numel() != x[..., 0].numel()):
             tokens, mask = x[..., 0].numel(), tuple(real.shape)
             raise ValueError(f"{block.name} is given {tokens} tokens, the mask of its side is {mask}: expected [batch, seq_len].")
-        self.parts[block].append(self.rows(block.stack, x).clone())  # a layer is free to write into what it was given
+        self.of[block].add(self.rows(block.stack, x))  # copied: a layer is free to write into what it was given
+
+
+def _homes(blocks: list[Block], most: int) -> dict[Block, torch.device]:
+    """Where the inputs of each block are kept: on its device, or on the CPU where all of that device might take more than half
+    of its free memory.
+    """
+    needed: dict[torch.device, int] = {}  # bytes
+    for block in blocks:
+        of_token = block.hidden_size * torch.promote_types(block.dtype, torch.float32).itemsize
+        needed[block.device] = needed.get(block.device, 0) + most * of_token
+    free = {device: free_bytes(device) for device in needed}
+    crowded = {device for device, n in needed.items() if free[device] is not None and n > free[device] / 2}
+    return {block: torch.device("cpu") if block.device in crowded else block.device for block in blocks}
 
 
 @cached("units")
-def capture_units(model: nn.Module, blocks: Iterable[Block], batches: Iterable[Batch], *, progress: bool = True) -> Units:
+def capture_units(
+    model: nn.Module,
+    blocks: Iterable[Block],
+    batches: Iterable[Batch],
+    *,
+    most_tokens: int = MOST_TOKENS,
+    progress: bool = True,
+) -> Units:
     """Run ``batches`` through the dense ``model`` once and keep what enters each of ``blocks``. Some 10,000 tokens are enough.
 
     Args:
@@ -108,34 +160,44 @@ def capture_units(model: nn.Module, blocks: Iterable[Block], batches: Iterable[B
         batches: keyword arguments of the model, {"pixel_values": …} or {"input_ids": …, "attention_mask": …}; see
             :func:`~mlpreplace.models.token_batches` for token windows. Padding is left out by the masks of the batch, see
             :func:`~mlpreplace.models.inputs.real_tokens`.
+        most_tokens: real tokens that are kept, of all batches. Of more, about a half to all of this number are kept, drawn
+            evenly from all: the same ones for every block of a stack, for any size of a batch and in every run.
         cached: keep the result on disk, as large as in memory, and take it from there.
 
     Returns:
-        Units on the devices of their blocks. Memory: 4 · tokens · hidden bytes per block.
+        Units on the devices of their blocks; on the CPU where ``most_tokens`` of all blocks of a device would take more than
+        half of its free memory. Memory: 4 · min(tokens, most_tokens) · hidden bytes per block, those of a block twice while
+        they are centred, and the inputs of one batch. With the default 268 MB per block of hidden size 1,024.
 
     Raises:
-        ValueError: a block without neurons, no batch, a mask of another shape than the tokens, fewer than two real tokens,
-            activations that are not finite, blocks of another model, a block whose weights are not what it computes.
+        ValueError: most_tokens below 2, a block without neurons, no batch, a mask of another shape than the tokens, fewer than
+            two real tokens, activations that are not finite, blocks of another model, a block whose weights are not what it
+            computes.
     """
     blocks, batches = list(blocks), list(batches)
     for block in blocks:
         block.weights()  # raises where there are no neurons
     check_batches(batches)
-    inputs = collect(model, [(None, batch) for batch in batches], _Inputs(blocks), name="units", progress=progress)
-    return Units({block: _centred(block, inputs.parts.pop(block)) for block in blocks})
+    if most_tokens < 2:
+        raise ValueError(f"Correlations need at least 2 tokens, asked for most_tokens={most_tokens}.")
+    collector = _Inputs(blocks, most_tokens)
+    inputs = collect(model, [(None, batch) for batch in batches], collector, name="units", progress=progress)
+    return Units({block: _centred(block, inputs.of.pop(block)) for block in blocks})
 
 
-def _centred(block: Block, parts: list[Tensor]) -> Tensor:
-    if not parts:
+def _centred(block: Block, kept: Rows) -> Tensor:
+    if not kept.parts:
         raise ValueError(f"{block.name} was not run: the blocks are of another model.")
-    x = torch.cat(parts)
+    x = torch.cat([rows for _, rows in kept.parts])
     if len(x) < 2:
         raise ValueError(f"{block.name}: correlations need at least 2 real tokens, the batches hold {len(x)}.")
-    if not torch.isfinite(x).all():
-        raise ValueError(
-            f"Activations of {block.name} are not finite: check the model (a half-precision overflow?) and the data."
-        )
-    return x.sub_(x.mean(0, dtype=torch.float64))
+    for columns in x.split(COLUMNS, 1):  # in float64, of which a copy of all would be twice as large
+        if not torch.isfinite(columns).all():
+            raise ValueError(
+                f"Activations of {block.name} are not finite: check the model (a half-precision overflow?) and the data."
+            )
+        columns.sub_(columns.mean(0, dtype=torch.float64))
+    return x
 
 
 def _content(units: Units, blocks: Iterable[Block]) -> list:

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import word_tokenizer
-from tiny_models import CAUSAL, CONTEXT, VOCABULARY, build
+from tiny_models import CAUSAL, CONTEXT, VOCABULARY, build, random_windows
 from tokenizers.processors import TemplateProcessing
 
 from mlpreplace import perplexity
 from mlpreplace.models import generation
-from mlpreplace.models.generation import draw, generate_windows
+from mlpreplace.models.generation import cache_error, draw, generate_windows
 
 UNIFORM = torch.arange(0.0005, 1, 0.001, dtype=torch.float64)  # [1000], evenly over [0, 1)
 P = torch.tensor([0.5, 0.05, 0.3, 0.15])
@@ -224,3 +224,35 @@ def _begun(made, bos: int):
     word = made.convert_ids_to_tokens(bos)
     made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{word} $A", special_tokens=[(word, bos)])
     return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_with_a_cache_logits_differ_by_rounding(name, dtype):
+    if (name, dtype) == ("mixtral", torch.float64):
+        pytest.skip("its experts are in float32")
+    error, tolerance = cache_error(build(name).to(dtype), random_windows(3, 20), prompt=8)
+    assert error <= tolerance
+    assert tolerance == pytest.approx(16 * torch.finfo(dtype).eps, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_that_forgets_is_found(dtype, llama):
+    """One layer of three attends to the newest token alone."""
+    attention = llama.to(dtype).model.layers[1].self_attn
+    attend = attention.forward
+
+    def forgetting(hidden_states, **options):
+        return attend(
+            hidden_states, **options | ({"attention_mask": None, "past_key_values": None} if hidden_states.shape[1] == 1 else {})
+        )
+
+    attention.forward = forgetting
+    error, tolerance = cache_error(llama, random_windows(3, 20), prompt=8)
+    assert error > tolerance
+
+
+def test_a_cache_needs_tokens_before_and_behind_the_prompt(llama):
+    for prompt in (0, 12):
+        with pytest.raises(ValueError, match="prompt of 1 to 11 of the 12 tokens"):
+            cache_error(llama, random_windows(), prompt)

@@ -87,6 +87,9 @@ def test_quantization_shows_four_models_and_the_product_of_both_factors():
         (hollow,) = [line for line in axes.lines if line.get_fillstyle() == "none"]
         assert pairs(*hollow.get_data()) == {(50 * 160 / 200, 11 * 20 / 10 / scale)}
         assert [text.get_text() for text in axes.texts] == ["product", "dense", "int8", "replaced", "both,\nat once"]
+    figure = quantization(rows[~rows["quantized"]])
+    assert [[text.get_text() for text in axes.texts] for axes in figure.axes] == [["dense", "replaced"]] * 2
+    assert figure.get_suptitle() == "int8 was not measured on this device"
 
 
 def test_calibration_texts_have_a_line_each():

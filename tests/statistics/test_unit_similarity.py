@@ -10,8 +10,9 @@ from tiny_models import batches_for, build, random_windows
 from torch.testing import assert_close
 
 from mlpreplace import find_blocks
+from mlpreplace.models.forward import watching
 from mlpreplace.models.inputs import token_batches
-from mlpreplace.statistics.unit_similarity import Units, capture_units, cka_map, match
+from mlpreplace.statistics.unit_similarity import Rows, Units, capture_units, cka_map, match
 
 
 def captured(model, batches, **options):
@@ -101,6 +102,50 @@ def test_the_size_of_a_batch_does_not_matter(name):
         assert_close(whole.of(block), parts.of(block), rtol=0, atol=1e-10)
 
 
+def windows_of(n: int, seq_len: int = 16) -> list[dict]:
+    return token_batches(random_windows(n, seq_len), batch_size=7)
+
+
+def test_of_few_tokens_all_are_kept_and_centred_as_a_whole():
+    """In one go, as if there were no bound: the same bits, on which published numbers depend."""
+    model, seen = build("llama", hidden_size=96, num_attention_heads=4), []
+    blocks = find_blocks(model)
+    with watching(blocks[1].modules[0], enter=lambda x, _: seen.append(x.flatten(0, 1).clone())), torch.inference_mode():
+        for batch in windows_of(40):
+            model(**batch)
+    x = torch.cat(seen)
+    assert torch.equal(captured(model, windows_of(40), most_tokens=640)[1].of(blocks[1]), x.sub_(x.mean(0, dtype=torch.float64)))
+
+
+def test_of_many_tokens_a_bounded_number_is_kept_evenly():
+    model = build("llama")
+    blocks, whole = captured(model, windows_of(400))
+    _, few = captured(model, windows_of(400), most_tokens=2000)
+    _, again = captured(model, token_batches(random_windows(400, 16), batch_size=3), most_tokens=2000)
+    assert [whole.tokens(b) for b in blocks] == [6400] * 3
+    assert all(1000 < few.tokens(b) <= 2000 for b in blocks)
+    for block in blocks:
+        assert_close(few.of(block), again.of(block), rtol=0, atol=1e-5)
+    difference = few.correlations(*blocks[:2]) - whole.correlations(*blocks[:2])
+    assert difference.square().mean().sqrt() < 1.5 * 1600**-0.5  # the standard error of as many tokens drawn at random
+    a, b = (cka_map(units, blocks, progress=False) for units in (whole, few))
+    assert_close(a, b, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("seq_len", [16, 144, 197])
+def test_tokens_that_are_kept_have_every_place_in_a_window(seq_len):
+    """First tokens are unlike all others: a step that divides the length of a window would keep all or none of them."""
+    rows, n = Rows(500, torch.device("cpu")), 5000 // seq_len * seq_len
+    for part in torch.arange(n).float()[:, None].split(seq_len):
+        rows.add(part)
+        assert sum(len(kept) for _, kept in rows.parts) <= 500
+    kept = torch.cat([kept for _, kept in rows.parts]).squeeze(1).long()
+    assert 200 < len(kept) and torch.equal(kept, kept.unique())
+    assert kept.diff().max() < 12 * n / len(kept), "no part of the text is left out"
+    counts = torch.bincount(kept % seq_len, minlength=seq_len).double()
+    assert counts.var() < 1.6 * counts.mean(), "as many as chance would have at a place"
+
+
 def test_the_order_of_a_planted_copy_is_found():
     for name in ("llama", "gpt2", "vit"):
         model, [[a, b]], [order] = planted(name)
@@ -164,6 +209,8 @@ def test_errors():
         captured(model, [random_windows()])
     with pytest.raises(ValueError, match="of one length in a batch"):
         captured(model, [{"input_ids": random_windows(3), "attention_mask": torch.ones(2, 12)}])
+    with pytest.raises(ValueError, match="most_tokens=1"):
+        captured(model, batches, most_tokens=1)
     with pytest.raises(ValueError, match="at least 2 real tokens"):
         captured(build("gpt2"), token_batches(random_windows(1, 1)))
     llama, other = build("llama"), build("llama")

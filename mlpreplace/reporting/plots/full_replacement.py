@@ -98,17 +98,20 @@ def speed(rows: pd.DataFrame) -> plt.Figure:
 def quantization(rows: pd.DataFrame) -> plt.Figure:
     """Do the gains of replacing and of int8 multiply? Four models as a parallelogram: size against perplexity and speed.
 
-    Both axes are logarithmic: factors that multiply give parallel sides. A hollow mark shows the product of both factors.
+    Both axes are logarithmic: factors that multiply give parallel sides. A hollow mark shows the product of both factors. Where
+    int8 was not measured, two models are left, and the title says so.
 
     Args:
-        rows: method, quantized and replaced (bools; all four pairs), parameter_mb, perplexity, ci_low, ci_high (of the
-            perplexity), prefill_speedup, prefill_low, prefill_high.
+        rows: method, quantized and replaced (bools; all four pairs, or those without int8), parameter_mb, perplexity, ci_low,
+            ci_high (of the perplexity), prefill_speedup, prefill_low, prefill_high.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 3.3), sharex=True)
     _draw_parallelogram(left, rows, ("perplexity", "ci_low", "ci_high"), "{x:g}")
     _draw_parallelogram(right, rows, ("prefill_speedup", "prefill_low", "prefill_high"), "×{x:g}")
     left.set(ylabel="held-out perplexity", title="what it costs")
     right.set(ylabel="prefill speed-up", title="what it gains")
+    if not rows["quantized"].any():
+        figure.suptitle("int8 was not measured on this device")
     return figure
 
 
@@ -116,13 +119,17 @@ def _draw_parallelogram(axes: plt.Axes, rows: pd.DataFrame, columns: tuple[str, 
     """The four models by size and by one measure, whose ``columns`` are (value, low, high)."""
     corners = {(bool(r["quantized"]), bool(r["replaced"])): r for _, r in rows.iterrows()}
     place = {key: (row["parameter_mb"], row[columns[0]]) for key, row in corners.items()}
-    dense, int8, replaced, both = (place[key] for key in QUANTIZATION_LOOKS)
+    dense, int8, replaced, both = (place.get(key) for key in QUANTIZATION_LOOKS)
     for start, end in ((dense, int8), (dense, replaced), (int8, both), (replaced, both)):
-        axes.plot(*zip(start, end, strict=True), color="0.6", linewidth=1, zorder=1)
-    product = [a * b / d for a, b, d in zip(int8, replaced, dense, strict=True)]
-    axes.plot(*product, **QUANTIZATION_LOOKS[True, True], ms=9, fillstyle="none", zorder=2)
-    _label(axes, "product", product, (-1, 9), QUANTIZATION_LOOKS[True, True]["color"])
+        if start and end:
+            axes.plot(*zip(start, end, strict=True), color="0.6", linewidth=1, zorder=1)
+    if int8:
+        product = [a * b / d for a, b, d in zip(int8, replaced, dense, strict=True)]
+        axes.plot(*product, **QUANTIZATION_LOOKS[True, True], ms=9, fillstyle="none", zorder=2)
+        _label(axes, "product", product, (-1, 9), QUANTIZATION_LOOKS[True, True]["color"])
     for (quantized, compressed), look in QUANTIZATION_LOOKS.items():
+        if (quantized, compressed) not in place:
+            continue
         value, low, high = corners[quantized, compressed][list(columns)]
         at, name = place[quantized, compressed], corners[quantized, compressed]["method"]
         size = 6 if quantized or compressed else 10
