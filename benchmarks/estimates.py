@@ -1,0 +1,295 @@
+"""What `python -m mlpreplace compress` takes on GPUs, worked out from a configuration: bytes on a GPU and on the host, seconds.
+
+python benchmarks/estimates.py [NAME …] [--gpus 1] [--gpu-gb 80] [--memory-budget 20GB]
+
+The formulas follow the code, step by step; groups are made by the code itself. The rates in rates.py are assumptions. Nothing
+was measured on a GPU. Time is that of arithmetic and copies alone, so a run takes longer.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from model_size import Size, size_of
+from rates import BF16, DISK, DRAWS, FP32, FP64, HASH, LINK, eigen_seconds, fit_seconds
+
+from mlpreplace.evaluation.sweep import SCORED_AT_ONCE_GPU
+from mlpreplace.models.blocks import Block
+from mlpreplace.planning.allocate import ATTENTION_PRICES
+from mlpreplace.planning.candidates import WIDTH_STEPS, candidate_families
+from mlpreplace.planning.damage import GRADIENTS_SHARE
+from mlpreplace.replacements import LowRank, NarrowPlusLinear
+from mlpreplace.runtime.memory import MOST_WINDOWS, WINDOWS, memory_budget
+from mlpreplace.statistics.gradients import WINDOWS as BACKWARD_WINDOWS
+from mlpreplace.statistics.groups import grouped
+from mlpreplace.statistics.moments import FIT_COPIES, _bytes, _window_bytes
+
+RESERVE = 2e9  # bytes of a GPU: the CUDA context, workspaces of libraries, gaps between tensors
+MOMENTS = ("input", "hidden", "cross")
+CHOICES = len(ATTENTION_PRICES)  # that are measured, at most
+TEXTS, HELDOUT_WINDOWS = 2, 8  # that the result is measured on
+ROWS = (  # (model, GPUs) of the table in notebooks/profiles/gpu.yaml
+    *(("Llama-3.2-1B", 1), ("SmolLM2-1.7B", 1), ("Llama-2-7B", 1), ("Llama-3-8B", 1), ("Llama-3-8B", 2)),
+    *(("Llama-3-70B", 6), ("Llama-3-70B", 8)),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the command: peak bytes, and seconds."""
+
+    name: str
+    gpu: float  # on the fullest GPU, beside what is held and what is reserved
+    host: float
+    seconds: float
+    held: float  # on that GPU: its share of the weights and of the plan
+
+
+@dataclass(frozen=True)
+class Compression:
+    """`compress` with --windows 128 --validation-windows 16 --seq-len 2048 --sparsity 0.25, method "allocated".
+
+    Over several GPUs the weights and the plan are spread evenly. They work one after another, so time does not divide.
+    """
+
+    of: Size
+    gpus: int = 1
+    gpu: float = 80e9  # bytes of each
+    host: float = 256e9  # bytes that are free
+    windows: int = 128
+    validation: int = 16
+    seq_len: int = 2048
+    sparsity: float = 0.25
+    given: int | None = None  # --memory-budget, bytes
+
+    @cached_property
+    def weights(self) -> float:
+        """Bytes on each GPU."""
+        return self.of.parameters * self.of.itemsize / self.gpus
+
+    @cached_property
+    def plan(self) -> float:
+        """Bytes of replacements for every MLP and no attention; where others are chosen it is about as many."""
+        mlps, attention = self.of.of_kind("mlp"), self.of.of_kind("attention")
+        return (mlps - self.sparsity * (mlps + attention)) * self.of.itemsize
+
+    def states(self, windows: int) -> int:
+        """Bytes of the hidden states that enter a layer."""
+        return windows * self.seq_len * self.of.mlp.hidden_size * self.of.itemsize
+
+    @cached_property
+    def walking(self) -> int:
+        """Bytes of the calibration text's hidden states between two groups of statistics."""
+        return self.states(self.windows) if len(self.groups) > 1 else 0
+
+    @cached_property
+    def free(self) -> float:
+        """Bytes of a GPU beside its weights."""
+        return self.gpu - RESERVE - self.weights
+
+    @cached_property
+    def budget(self) -> int:
+        """Bytes, as :func:`~mlpreplace.runtime.memory.memory_budget` has them."""
+        return self.given or int(min(self.free, self.host) // 2)
+
+    @cached_property
+    def statistics(self) -> dict[Block, int]:
+        """Bytes of each block's moments."""
+        return {block: _bytes(block, MOMENTS, 0) for block in self.of.blocks}
+
+    @cached_property
+    def groups(self) -> list[list[Block]]:
+        return grouped(self.of.blocks, self.statistics, self.budget - FIT_COPIES * max(self.statistics.values()))
+
+    @cached_property
+    def group(self) -> int:
+        """Bytes of the largest group of statistics, at worst on one GPU."""
+        return max(sum(map(self.statistics.get, group)) for group in self.groups)
+
+    @cached_property
+    def priced(self) -> list[list[Block]]:
+        """Blocks whose gradients are in memory at a time."""
+        each = dict.fromkeys(self.of.blocks, self.states(self.validation))
+        return grouped(self.of.blocks, each, self.budget // GRADIENTS_SHARE)
+
+    @cached_property
+    def capturing(self) -> int:
+        """A batch in the widest place of an MLP with its product in float32; or the check that a moment is finite."""
+        whole = {"input_ids": torch.empty(1, self.seq_len, device="meta")}
+        windows = max(1, min(MOST_WINDOWS, int(self.free // (2 * _window_bytes(self.of.blocks, whole)))))
+        d, m = self.of.mlp.hidden_size, self.of.mlp.intermediate_size
+        return max(windows * self.seq_len * (6 * m + 16 * d) + 4 * m**2, 10 * m**2)
+
+    @cached_property
+    def backward(self) -> int:
+        """Inputs of all layers, the inside of one, logits in the model's precision and three times in float32."""
+        d, m, s = self.of.mlp.hidden_size, self.of.mlp.intermediate_size, self.of.itemsize
+        inputs = -(-self.of.layers // self.gpus) * d * s
+        return BACKWARD_WINDOWS * self.seq_len * (inputs + 14 * m + 40 * d + self.of.vocabulary * (s + 12))
+
+    @cached_property
+    def pricing(self) -> int:
+        """Neurons of all validation tokens three times in float32, beside the factor of their moment; or a fit."""
+        d, m, tokens = self.of.mlp.hidden_size, self.of.mlp.intermediate_size, self.validation * self.seq_len
+        return 10 * tokens * d + max(8 * m**2 + 12 * tokens * m + 4 * m * d, self.fitting)
+
+    @cached_property
+    def fitting(self) -> int:
+        """Copies of the moment, and the output weights in float64."""
+        d, m = self.of.mlp.hidden_size, self.of.mlp.intermediate_size
+        return FIT_COPIES * 8 * m**2 + 32 * m * d
+
+    @cached_property
+    def scoring(self) -> int:
+        """Logits and dense probabilities of a batch, and the piece of it that is scored."""
+        return WINDOWS * self.seq_len * self.of.vocabulary * (self.of.itemsize + 4) + 8 * SCORED_AT_ONCE_GPU
+
+    @cached_property
+    def refitting(self) -> int:
+        """Sums of the widest regression three times in float64, and a batch with its features in float32."""
+        d, m = self.of.mlp.hidden_size, self.of.mlp.intermediate_size
+        w = m - m // WIDTH_STEPS
+        return 24 * (w**2 + w * d) + WINDOWS * self.seq_len * (8 * w + 40 * d)
+
+    def forward(self, windows: int, head: bool = False) -> float:
+        """Seconds."""
+        return windows * self.seq_len * (self.of.layer_flops + head * self.of.head_flops) / BF16
+
+    @cached_property
+    def pass_seconds(self) -> float:
+        """A pass over the calibration text with all moments. A layer whose blocks are in two groups runs twice."""
+        again = sum(a[-1].layer == b[0].layer for a, b in pairwise(self.groups)) / self.of.layers
+        products = self.windows * self.seq_len * sum(self.statistics.values()) / 4  # 2 FLOPs for each of 8 bytes
+        copies = 2 * len(self.groups) * self.states(self.windows)
+        return (1 + again) * self.forward(self.windows) + products / FP32 + copies / LINK
+
+    @cached_property
+    def price_seconds(self) -> float:
+        """Of the candidates of one layer."""
+        d, m, tokens = self.of.mlp.hidden_size, self.of.mlp.intermediate_size, self.validation * self.seq_len
+        families = candidate_families([self.of.mlp, self.of.attention])
+        linear = [family for family in families[self.of.mlp] if isinstance(family, NarrowPlusLinear)]
+        ranked = len(linear) + any(isinstance(family, LowRank) for family in families[self.of.attention])  # factorisations
+        factors = (m**3 / 3 + 2 * m**2 * d + 13 / 3 * d**3 * ranked) / FP64 + eigen_seconds(self.of.mlp) * ranked
+        fits = sum(fit_seconds(self.of.mlp, family.width) for family in linear)
+        errors = tokens * (m**2 + 6 * m * d) / FP32
+        return factors + fits + errors + 12 * self.states(self.validation) / LINK
+
+
+def steps(run: Compression) -> list[Step]:
+    """What the command does, in order. The choice itself, a knapsack, takes nothing worth a line."""
+    return [loading(run), gradients(run), prices(run), choices(run), refits(run), measurement(run), saving(run)]
+
+
+def loading(run: Compression) -> Step:
+    """Through the memory of the host onto one GPU; onto several, tensor by tensor."""
+    whole = run.of.parameters * run.of.itemsize
+    largest = run.of.vocabulary * run.of.mlp.hidden_size * run.of.itemsize
+    return Step("load", 0, whole if run.gpus == 1 else largest, whole / DISK + whole / HASH + whole / LINK, run.weights)
+
+
+def gradients(run: Compression) -> Step:
+    """By the outputs of as many blocks at a time as a share of the budget takes, twice while batches are joined."""
+    of_group = max(map(len, run.priced)) * run.states(run.validation)
+    drawn = 8 * BACKWARD_WINDOWS * run.seq_len * run.of.vocabulary
+    statistics = run.group if len(run.priced) > 1 or len(run.groups) == 1 else 0  # those of blocks that were priced, or of all
+    once = 3 * run.forward(run.validation, head=True)  # forward, again, and by activations: weights are frozen
+    once += run.validation * run.seq_len * run.of.vocabulary / DRAWS
+    host = run.walking + of_group + max(of_group, drawn)
+    return Step("gradients", statistics + run.backward, host, len(run.priced) * once, run.weights)
+
+
+def prices(run: Compression) -> Step:
+    """Capture of a group, and the errors of its candidates on all validation tokens."""
+    states = run.states(run.validation)
+    pairs = max(1, int((run.budget // GRADIENTS_SHARE - FIT_COPIES * 2 * states) // (2 * states)))
+    held = max(map(len, run.priced))
+    host = run.walking + states * (1 + held + 2 * min(pairs, held))
+    if len(run.groups) == 1:  # kept on disk: copies from the GPU, and the file that is made of them
+        host = max(host, 2 * run.group)
+    seconds = run.pass_seconds + len(run.priced) * run.forward(run.validation) + run.of.layers * run.price_seconds
+    return Step("capture, price", run.group + max(run.capturing, run.pricing), host, seconds, run.weights)
+
+
+def choices(run: Compression) -> Step:
+    """Layer by layer, with the fits of one; at most six choices, each with candidates of its own."""
+    fits = CHOICES * run.of.mlp.n_params * run.of.itemsize
+    gpu = run.group + max(run.capturing, fits + run.fitting, run.scoring)
+    states = run.states(run.validation)
+    each = CHOICES * (fit_seconds(run.of.mlp, run.of.mlp.intermediate_size) + eigen_seconds(run.of.mlp))
+    seconds = run.of.layers * (each + 2 * (CHOICES + 1) * states / LINK)
+    seconds += (CHOICES + 1) * run.forward(run.validation, head=True) + (run.pass_seconds if len(run.groups) > 1 else 0)
+    return Step("measure choices", gpu, run.walking + (CHOICES + 2) * states, seconds, run.weights)
+
+
+def refits(run: Compression) -> Step:
+    """Layer by layer: a fit, the dense layer, the compressed one, the regression. The plan's file is made in memory."""
+    d, width = run.of.mlp.hidden_size, run.of.mlp.intermediate_size * run.plan / run.of.itemsize / run.of.of_kind("mlp")
+    states = run.states(run.windows)
+    products = 2 * run.windows * run.seq_len * (width**2 + width * d)
+    each = products / FP32 + 2 * fit_seconds(run.of.mlp, width) + eigen_seconds(run.of.mlp) + 8 * states / LINK
+    seconds = run.of.layers * each + 2 * run.forward(run.windows) + run.plan / DISK
+    seconds += run.pass_seconds if len(run.groups) > 1 else 0
+    gpu = run.group + max(run.capturing, run.fitting, run.refitting)
+    host = max(run.walking + 3 * states, 2 * run.plan)
+    return Step("fit, refit", gpu, host, seconds, run.weights + run.plan / run.gpus)
+
+
+def measurement(run: Compression) -> Step:
+    gpu = WINDOWS * run.seq_len * run.of.vocabulary * run.of.itemsize + 8 * SCORED_AT_ONCE_GPU
+    seconds = 2 * run.forward(TEXTS * HELDOUT_WINDOWS, head=True)
+    return Step("measure on held-out text", gpu, 0, seconds, run.weights + run.plan / run.gpus)
+
+
+def saving(run: Compression) -> Step:
+    """All weights are hashed, and the plan is written."""
+    whole = run.of.parameters * run.of.itemsize
+    seconds = whole / LINK + whole / HASH + run.plan / LINK + run.plan / DISK
+    return Step("save", 0, run.plan, seconds, run.weights + run.plan / run.gpus)
+
+
+def total(step: Step) -> float:
+    """Bytes on the fullest GPU."""
+    return step.held + step.gpu + RESERVE
+
+
+def row(run: Compression) -> tuple[float, float, float, float]:
+    """(bytes of the model, peak bytes of a GPU, peak bytes of the host, seconds)."""
+    found = steps(run)
+    model = run.of.parameters * run.of.itemsize
+    return model, max(map(total, found)), max(s.host for s in found), sum(s.seconds for s in found)
+
+
+def show(name: str, run: Compression) -> None:
+    """Print the steps."""
+    groups = f"{len(run.groups)} groups of statistics, {len(run.priced)} of gradients"
+    print(f"\n{name}, {run.gpus} × {run.gpu / 1e9:.0f} GB: {groups}")
+    print(f"  {'':<24} {'a GPU':>9} {'host':>9} {'seconds':>9}")
+    for step in steps(run):
+        print(f"  {step.name:<24} {total(step) / 1e9:6.1f} GB {step.host / 1e9:6.1f} GB {step.seconds:9,.0f}")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of published_models.yaml; by default the table of gpu.yaml")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpu-gb", type=float, default=80)
+    parser.add_argument("--memory-budget", help="as of the command")
+    options = parser.parse_args()
+    given = memory_budget(options.memory_budget, []) if options.memory_budget else None
+    lines = []
+    for name, gpus in [(name, options.gpus) for name in options.names] or ROWS:
+        run = Compression(size_of(name, Compression.seq_len), gpus, gpu=1e9 * options.gpu_gb, given=given)
+        show(name, run)
+        model, gpu, host, seconds = row(run)
+        sizes = " ".join(f"{n / 1e9:7.0f}" for n in (model, gpu, host))
+        lines.append(f"{name:<14} {gpus:4} {sizes} {seconds / 60:7.0f}{'  too large' if gpu > run.gpu else ''}")
+    print(f"\n{'MODEL':<14} {'GPUs':>4} {'model':>7} {'a GPU':>7} {'host':>7} {'minutes':>7}", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
