@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .evaluation import Measurement, compare, evaluate_tasks, perplexity_ratio, task_rows
 from .methods import METHODS, calibrate
 from .models import find_blocks, load_model
-from .planning import Healing, allocate, fit_candidates, heal, refit
+from .planning import Healing, candidate_families, choose, heal, refit
 from .replacements import Plan, sparsity_of, spliced
 from .runtime.files import new_folder
 from .statistics import capture
@@ -27,6 +27,7 @@ from .storage.record import check_base, read_record
 from .texts import load_windows
 
 OURS = ("allocated", "uniform")  # whose plans are of fitted MLPs, which a refit improves
+SAMPLED = 8  # windows, where pairs are needed
 FORMS = {DELTA: "what was replaced", STANDALONE: "the whole model", PLAIN: "a checkpoint that transformers loads"}
 NO_ROOM = (MemoryError, torch.OutOfMemoryError)
 
@@ -80,10 +81,7 @@ def _compress(options: Namespace, out: Path) -> None:
         load_windows(options.text, tokenizer, split, seq_len=options.seq_len, n_windows=n, progress=True)
         for split, n in (("calibration", options.windows), ("validation", options.validation_windows))
     )
-    plan = _plan(model, windows, validation, options.method, options.sparsity)
-    if options.method in OURS:
-        _say("refit, front to back")
-        plan = refit(model, plan, windows, cached=True).plan
+    plan = _ours(model, windows, validation, options) if options.method in OURS else _theirs(model, windows, validation, options)
     if options.healing_steps:
         _say(f"heal, {options.healing_steps} steps")
         plan, report = heal(model, plan, windows, validation, Healing(steps=options.healing_steps), cached=True)
@@ -128,18 +126,29 @@ def evaluate(options: Namespace) -> None:
         print(pd.DataFrame(task_rows(results, dense_label="dense")).to_string(index=False))
 
 
-def _plan(model: nn.Module, windows: Tensor, validation: Tensor, method: str, share: float) -> Plan:
-    """By name: one of METHODS. "allocated" chooses among candidates for every block."""
+def _ours(model: nn.Module, windows: Tensor, validation: Tensor, options: Namespace) -> Plan:
+    """Chosen among candidates for every block, fitted, and refitted front to back."""
+    joint = options.method == "allocated"
+    blocks = find_blocks(model) + (find_blocks(model, "attention") if joint else [])
+    _say(f"capture, {len(blocks)} blocks")
+    sampled = SAMPLED if any(block.opaque for block in blocks) else 0  # what stands in for experts is solved on pairs
+    moments = ("input", "hidden", "cross") if joint or sampled else ("hidden",)
+    parts = dict(validation_windows=0, sample_windows=sampled)
+    stats = capture(model, blocks, windows, moments=moments, **parts, memory_budget=options.memory_budget, cached=True)
+    _say("choose among candidates")
+    joint = (
+        dict(strategy="joint", candidates=candidate_families(blocks), windows=validation) if joint else dict(strategy="uniform")
+    )
+    chosen = choose(model, stats, options.sparsity, **joint, memory_budget=options.memory_budget)
+    _say("fit, front to back")
+    return refit(model, chosen, windows, stats, cached=True).plan
+
+
+def _theirs(model: nn.Module, windows: Tensor, validation: Tensor, options: Namespace) -> Plan:
+    """By name: one of METHODS."""
     both, last = torch.cat([windows, validation]), dict(validation_windows=len(validation), cached=True)
-    if method != "allocated":
-        return METHODS[method](model, calibrate(model, both, [share], methods=[method], **last), share)
-    mlps, attentions = find_blocks(model), find_blocks(model, "attention")
-    _say(f"capture, {len(mlps)} MLP and {len(attentions)} attention blocks")
-    stats = capture(model, mlps + attentions, both, moments=("input", "hidden", "cross"), **last)
-    _say("fit candidates")
-    candidates = fit_candidates(stats)
-    _say(f"allocate, {sum(map(len, candidates.values())):,} candidates")
-    return allocate(model, stats, share, "joint", candidates=candidates, windows=validation)
+    calibration = calibrate(model, both, [options.sparsity], methods=[options.method], **last)
+    return METHODS[options.method](model, calibration, options.sparsity)
 
 
 def _heldout(options: Namespace, tokenizer) -> dict[str, Tensor]:
@@ -196,6 +205,7 @@ def _parser() -> ArgumentParser:
     c.add_argument("--text", default="bundled/mixture", help="to calibrate on: a bundled text, a file or folder, or a data set")
     c.add_argument("--windows", type=int, default=64, help="of calibration")
     c.add_argument("--validation-windows", type=int, default=8, help="of other documents, which the allocation goes by")
+    c.add_argument("--memory-budget", default=None, help="of statistics beside the model, such as 2GB; less takes more passes")
     forms = "; ".join(f"{form}: {what}" for form, what in FORMS.items())
     c.add_argument("--form", choices=FORMS, default="delta", help=forms)
 

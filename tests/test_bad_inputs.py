@@ -20,7 +20,7 @@ from mlpreplace.evaluation.perplexity import measure
 from mlpreplace.fitting.training import Tuning
 from mlpreplace.methods import METHODS, calibrate, merge_mlps
 from mlpreplace.models import generate_windows, in_batches, token_batches
-from mlpreplace.planning import fit_candidates, rollback, search, second_order_damage, tune
+from mlpreplace.planning import candidate_families, rollback, search, second_order_damage, tune
 from mlpreplace.replacements import without_layers
 from mlpreplace.reporting import Run
 from mlpreplace.statistics import Span, capture_spans, capture_stream, capture_units
@@ -52,7 +52,7 @@ class Given:
 
     @cached_property
     def candidates(self):
-        return fit_candidates(self.stats, width_steps=3, linear_sizes=(), **QUIET)
+        return candidate_families(self.stats, width_steps=3, linear_sizes=())
 
     def text(self, *lines: str, name: str = "text.jsonl") -> str:
         (path := self.place / name).write_text("\n".join(lines), encoding="utf-8")

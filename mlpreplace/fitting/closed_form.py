@@ -25,7 +25,7 @@ from ..replacements.whole_layers import Removed, Tuned
 from ..statistics.moments import BlockStatistics
 from .features import cluster_statistics, feature_statistics, shallow_features, spherical_kmeans
 from .neurons import ClosedForm, hidden_moment, importance, select
-from .ridge import centred, factor, least_squares, linear_map, reduced_rank, ridged
+from .ridge import add_ridge, centred, factor, least_squares, linear_map, reduced_rank
 
 QUERY_SCALE = 0.5  # of queries and keys: attention starts nearly even; heads that start sharp (2 and more) learn slowly or never
 FLOOR = 1e-3  # errors of a level below a thousandth of the largest count as equal
@@ -74,8 +74,8 @@ def _(family: NarrowMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> d
     down = block.weights().down.to(s.hh).T  # [intermediate, hidden]
     solved = down[kept]
     if len(dropped):
-        c = hidden_moment(block, s)
-        solved = solved + least_squares(block, c[kept][:, kept], c[kept][:, dropped] @ down[dropped], how.ridge)
+        target = hidden_moment(block, s, kept, dropped) @ down[dropped]
+        solved = solved + least_squares(block, hidden_moment(block, s, kept), target, how.ridge)
     state = block.weights().of(kept).state() | {"down.weight": solved.T}
     if (bias := block.weights().down_bias) is not None:
         mean = s.sum_h / s.tokens
@@ -94,11 +94,12 @@ def _(family: NarrowPlusLinear, block: Block, s: BlockStatistics, how: ClosedFor
     s.require(block, "input", "hidden", "cross")
     kept, dropped = _keep(block, s, family.width, how)
     down, n = block.weights().down.to(s.hh).T, s.tokens
-    hh, hx = centred(s.hh, s.sum_h, s.sum_h, n), centred(s.hx, s.sum_h, s.sum_x, n)
-    pt, px = hh[kept][:, dropped] @ down[dropped], hx[kept]  # [width, hidden] each: H_PᵀT, H_PᵀX
-    by_neurons = least_squares(block, hh[kept][:, kept], torch.cat([pt, px], 1), how.ridge)
+    hx = centred(s.hx, s.sum_h, s.sum_x, n)
+    pt = hidden_moment(block, s, kept, dropped, has_bias=True) @ down[dropped]  # [width, hidden] H_PᵀT
+    px = hx[kept]  # [width, hidden] H_PᵀX
+    by_neurons = least_squares(block, hidden_moment(block, s, kept, has_bias=True), torch.cat([pt, px], 1), how.ridge)
     t_by_neurons, x_by_neurons = by_neurons.tensor_split(2, 1)
-    xx = ridged(block, centred(s.xx, s.sum_x, s.sum_x, n), how.ridge) - px.T @ x_by_neurons
+    xx = add_ridge(block, centred(s.xx, s.sum_x, s.sum_x, n), how.ridge) - px.T @ x_by_neurons
     xt = hx[dropped].T @ down[dropped] - px.T @ t_by_neurons
     linear_in, linear_out = reduced_rank(torch.cholesky_solve(xt, factor(block, xx)), xt, family.rank)
 
@@ -139,7 +140,7 @@ def _(family: NestedMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> d
     w = weights.down.to(s.hh).T[order]  # [intermediate, hidden]
     down = w[:0]
     if narrower:
-        down = _shared_projection(block, hidden_moment(block, s)[order][:, order], w, narrower, how.ridge)
+        down = _shared_projection(block, hidden_moment(block, s, order), w, narrower, how.ridge)
     state |= {"down": down.T, "_extra_state": torch.tensor(family.index(family.active))}
     if widest == block.intermediate_size:
         state |= {"own_down": weights.down, "place": order.argsort()}
@@ -164,8 +165,8 @@ def _shared_projection(block: Block, c: Tensor, w: Tensor, widths: list[int], ri
     """
     systems, errors = [], []
     for k in widths:
-        a, b = ridged(block, c[:k, :k], ridge), c[:k, k:] @ w[k:]
-        left = torch.cat([-torch.cholesky_solve(b, factor(block, a)), w[k:]])  # [intermediate, hidden]: H·left is the error
+        a, b = add_ridge(block, c[:k, :k].clone(), ridge), c[:k, k:] @ w[k:]
+        left = torch.cat([-torch.cholesky_solve(b, factor(block, a.clone())), w[k:]])  # H·left is the error
         systems.append((k, a, b))
         errors.append((left * (c @ left)).sum())
     e = torch.stack(errors)

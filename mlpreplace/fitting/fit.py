@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from ..models.architectures import known_here
@@ -17,6 +18,7 @@ from ..replacements.families import Family, Replacement
 from ..replacements.records import SAMPLES, FitReport
 from ..runtime.cache import Entry, cached
 from ..runtime.parallel import spread
+from ..statistics.groups import by_group
 from ..statistics.moments import BlockStatistics, Statistics
 from .closed_form import solve
 from .errors import sample_errors
@@ -55,7 +57,7 @@ def fit(
         seed: of random features, random selection and the order of minibatches.
         samples: which errors to report, "train" (on the first 8 windows that were sampled) and "validation". Measuring them
             costs about as much as a closed form.
-        cached: keep the result on disk and take it from there; an interrupted training goes on at its last check.
+        cached: keep the result on disk and take it from there; an interrupted training goes on at its last checkpoint.
 
     Returns:
         The replacement, in the block's dtype and on its device, with its errors in ``.report``. For several families a list,
@@ -92,10 +94,30 @@ def fit(
 
 
 def _fit(block: Block, s: BlockStatistics, family: Family, cached: bool, **options) -> Replacement:
-    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):  # a caller's default is no block's
-        replacement = Replacement(family, block)
+    with _no_other_default():
+        replacement = unfitted(family, block)
         replacement.report = _fill(replacement.body, block, s, family, cached=cached, **options)
     return replacement
+
+
+def unfitted(family: Family, block: Block) -> Replacement:
+    """A replacement whose weights are not set yet: they are what was in memory. No random number is drawn."""
+    with _no_other_default(), _WithoutInitialisation():
+        return Replacement(family, block)
+
+
+def _no_other_default() -> AbstractContextManager:
+    """The CPU as default device: a caller's default is no block's."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Modules that are made within leave their weights as the memory was: a fit sets all of them. No random number is drawn."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def _content(body: nn.Module, block: Block, s: BlockStatistics, family: Family, **options) -> tuple:
@@ -126,7 +148,9 @@ def _fill(
         if family.looks_back and (s.train.left_padded or s.validation.left_padded):
             raise ValueError(f"{block.name}: {family} would read padding before the text: pad calibration windows on the right.")
         # in at least float32, whatever the model is in: small steps would be lost in half precision
-        learner = family.build(block).to(device=block.device, dtype=torch.promote_types(block.dtype, torch.float32))
+        with _WithoutInitialisation():
+            learner = family.build(block)
+        learner = learner.to(device=block.device, dtype=torch.promote_types(block.dtype, torch.float32))
         learner.load_state_dict(state)
         options = dict(whole_windows=family.looks_back, seed=how.seed, checkpoint=checkpoint, progress=progress)
         trained = train(learner, s.train, s.validation, training, **options)
@@ -166,10 +190,14 @@ def fit_all(
         raise ValueError(f"Not in the statistics: {', '.join(missing)}. Capture them first.")
     if n_jobs is None and any(block.device.type != "cpu" for block in blocks):
         n_jobs = 1
-    jobs = [(block, {block: stats[block]}, family, options) for block in blocks for family in families]
-    results = spread(_fit_one, jobs, prepare=known_here(), threads=1, n_jobs=n_jobs)
-    fitted = iter(list(tqdm(results, total=len(jobs), desc="fit", unit="fit", disable=not progress, leave=False)))
-    return {block: [next(fitted) for _ in families] for block in blocks}
+    bar, found = tqdm(total=len(blocks) * len(families), desc="fit", unit="fit", disable=not progress, leave=False), {}
+    for group in by_group(stats, blocks):
+        jobs = [(block, {block: stats[block]}, family, options) for block in group for family in families]
+        for (block, *_), fitted in zip(jobs, spread(_fit_one, jobs, prepare=known_here(), threads=1, n_jobs=n_jobs), strict=True):
+            found.setdefault(block, []).append(fitted)
+            bar.update()
+    bar.close()
+    return {block: found.get(block, []) for block in blocks}
 
 
 def _fit_one(block: Block, stats: Statistics, family: Family, options: dict) -> Replacement:

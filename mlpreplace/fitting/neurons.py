@@ -14,14 +14,24 @@ from torch import Tensor
 
 from ..models.blocks import Block
 from ..statistics.moments import BlockStatistics
-from .ridge import RIDGE, centred, factor, ridged
+from .ridge import RIDGE, add_ridge, factor
 
 BATCHES = 16  # of an OBS selection; on the blocks of a 135M-parameter Llama 8 are as good as one neuron at a time
 
 
-def hidden_moment(block: Block, s: BlockStatistics) -> Tensor:
-    """C = HᵀH, centred where the block has an output bias, [intermediate, intermediate]."""
-    return s.hh if block.weights().down_bias is None else centred(s.hh, s.sum_h, s.sum_h, s.tokens)
+def hidden_moment(
+    block: Block, s: BlockStatistics, rows: Tensor, columns: Tensor | None = None, *, has_bias: bool | None = None
+) -> Tensor:
+    """Rows and columns (``rows`` too by default) of C = HᵀH, a copy; centred with an output bias, by default the block's own."""
+    columns = rows if columns is None else columns
+    part = s.hh[rows[:, None], columns]  # alone: of all neurons of an 8B model it is 1.6 GB
+    centre = block.weights().down_bias is not None if has_bias is None else has_bias
+    return part.addr_(s.sum_h[rows], s.sum_h[columns], alpha=-1 / s.tokens) if centre else part
+
+
+def every(s: BlockStatistics) -> Tensor:
+    """Indices of all neurons."""
+    return torch.arange(len(s.hh), device=s.hh.device)
 
 
 def output_energy(block: Block, s: BlockStatistics) -> Tensor:
@@ -35,8 +45,8 @@ def _energy(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Te
 
 def _leverage(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
     """diag(C(C + λI)⁻¹), the ridge leverage (MoDeGPT, arXiv 2408.09632): how little the others explain a neuron."""
-    c = hidden_moment(block, s)
-    return torch.cholesky_solve(c, factor(block, ridged(block, c, how.ridge))).diagonal()
+    c = hidden_moment(block, s, every(s))
+    return torch.cholesky_solve(c, factor(block, add_ridge(block, c.clone(), how.ridge))).diagonal()
 
 
 def _obs(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
@@ -46,10 +56,10 @@ def _obs(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tenso
     cheapest neurons go, in 16 batches; after each, C⁻¹ and W are exactly those of the neurons that are left. A batch is chosen
     one neuron at a time among twice as many candidates, so that only one of two interchangeable neurons goes.
     """
-    hidden = hidden_moment(block, s)
-    c = ridged(block, hidden, how.ridge)
+    c = hidden_moment(block, s, every(s))
     # a neuron that never fires (or never changes, beside a bias) has no cost but the ridge's, and float32 moments round
-    dead = hidden.diagonal() <= 1e-6 * s.hh.diagonal()
+    dead = c.diagonal() <= 1e-6 * s.hh.diagonal()
+    c = add_ridge(block, c, how.ridge)
     removed = torch.where(dead, -1.0, torch.inf).to(c)
     left = (~dead).nonzero().squeeze(1)
     inverse = torch.cholesky_inverse(factor(block, c[left][:, left]))  # [left, left]

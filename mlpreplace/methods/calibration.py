@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..models.blocks import block_parameters
 from ..models.layers import layer_parameters
-from ..planning.damage import Candidates
+from ..planning.candidates import Candidates
 from ..planning.knapsack import Damages
+from ..statistics.groups import only
 from ..statistics.moments import Statistics
 from ..statistics.residual_stream import Span, SpanStatistics, StreamStatistics
 
@@ -48,7 +49,7 @@ class Calibration:
         for kind in kinds:
             if not any(block.kind == kind for block in self.blocks):
                 raise ValueError(f"No {kind} block was captured: Calibration(blocks=capture(model, blocks, windows)).")
-        return {block: s for block, s in self.blocks.items() if block.kind in kinds}
+        return only(self.blocks, [block for block in self.blocks if block.kind in kinds])
 
 
 def target_parameters(model: nn.Module, sparsity: float) -> float:

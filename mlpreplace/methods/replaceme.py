@@ -40,7 +40,7 @@ def least_squares_map(block: Block, s: BlockStatistics, ridge: float = STREAM_RI
     ``s`` holds M of the MLP ``block``, with outputs r_stop − r_start; r_stop − Y is M more than these, since Y = r_start − M.
     """
     s.require(block, "input")
-    return least_squares(block, s.xx, s.xx + s.xy, ridge)
+    return least_squares(block, s.xx.clone(), s.xx + s.xy, ridge)
 
 
 class _Map(nn.Module):

@@ -18,6 +18,7 @@ from ..planning.allocate import allocate
 from ..replacements.families import Replacement
 from ..replacements.splice import Plan, removed_parameters, sparsity_of
 from ..replacements.whole_layers import Removed, without_layers
+from ..statistics.groups import only
 from ..statistics.moments import Statistics
 from ..statistics.unit_similarity import Units
 from .merging import merge_mlps
@@ -131,5 +132,5 @@ def rivals(
         best("dropped", find_layers(model), layers_worth(model, plans["merged"]), partial(drop_layers, model))
     else:
         best("dropped", blocks, k - 1, drop_mlps)
-    plans["replaced"] = allocate(model, {b: stats[b] for b in blocks}, sparsity_of(model, plans["merged"]), "uniform")
+    plans["replaced"] = allocate(model, only(stats, blocks), sparsity_of(model, plans["merged"]), "uniform")
     return plans, records

@@ -23,8 +23,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..fitting.fit import fit, fit_all
 from ..models.blocks import Block
+from ..planning.candidates import fitted_plan
 from ..planning.damage import local_damage
 from ..replacements.families import LowRank
 from ..replacements.splice import Plan
@@ -84,11 +84,8 @@ def subfit(model: nn.Module, calibration: Calibration, sparsity: float, *, score
     target, stats = target_parameters(model, sparsity), calibration.of_kinds("attention", "mlp")
     families = {block: LowRank.nearest(block, BYPASS * block.n_params) for block in stats}
     savings = {block: block.n_params - family.n_params(block) for block, family in families.items()}
-    fitted: Plan = {}
     if score == "bypass":
-        options = dict(samples=("validation",), progress=False)
-        fitted = {block: fit_all([block], stats, [family], **options)[block][0] for block, family in families.items()}
-        change = {block: damage for block, (damage,) in local_damage({b: [r] for b, r in fitted.items()}).items()}
+        change = {block: damage for block, (damage,) in local_damage({b: [f] for b, f in families.items()}, stats).items()}
     else:
         by_name = scores(calibration.of_stream(model), score)
         if missing := [block.name for block in stats if block.name not in by_name]:
@@ -96,4 +93,4 @@ def subfit(model: nn.Module, calibration: Calibration, sparsity: float, *, score
         change = {block: by_name[block.name] for block in stats}
     order = {block: value / savings[block] if savings[block] > 0 else math.inf for block, value in change.items()}
     chosen = lowest_first(order, savings, target)
-    return {block: fitted.get(block) or fit(block, stats, families[block]) for block in chosen}
+    return fitted_plan(stats, {block: families[block] for block in chosen})

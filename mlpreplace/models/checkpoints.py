@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -14,7 +14,7 @@ from textwrap import shorten
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
@@ -84,7 +84,7 @@ def pretrained(model_class: type, path: str | Path, *, called: str | None = None
         if os.path.isdir(path):
             files = _weight_files(Path(path), settings)
     before = _states(files)
-    with no_progress_bars(), _no_warnings(), reading(called):
+    with no_progress_bars(), _one_by_one(), reading(called):
         model, found = model_class.from_pretrained(
             path, **options, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -95,7 +95,7 @@ def pretrained(model_class: type, path: str | Path, *, called: str | None = None
     of_text = "text_config" in settings and not hasattr(model.config, "text_config")
     _check_tensors(model, found, called, of_text)
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():  # it is mapped from the file
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():  # memory that PyTorch did not allocate
             tensor.data = tensor.data.clone()
     return model
 
@@ -250,13 +250,18 @@ def _states(files: list[Path]) -> list[tuple]:
 
 
 @contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Without the report of transformers on tensors that differ, which is raised here."""
+def _one_by_one() -> Iterator[None]:
+    """transformers reads tensors one by one, and does not report those that differ, which is raised here.
+
+    Files that it maps would stay in memory beside the copies of their tensors until all of these are made.
+    """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    modeling_utils.safe_open = lambda *args, **options: safe_open(*args, **options | {"backend": "pread"})
     try:
         yield
     finally:
+        modeling_utils.safe_open = safe_open
         transformers_logging.set_verbosity(level)
 
 
@@ -287,7 +292,6 @@ def _check_tensors(model: PreTrainedModel, found: Mapping, called: str, of_text:
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Collection[str]) -> str:
     """The first three of ``names``."""
-    first = sorted(names)
-    return ", ".join(first[:3]) + (", …" if len(first) > 3 else "")
+    return ", ".join([*sorted(names)[:3], *["…"] * (len(names) > 3)])

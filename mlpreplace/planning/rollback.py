@@ -11,7 +11,8 @@ from ..models.inputs import check_windows
 from ..replacements.families import Replacement
 from ..replacements.splice import Improved, Plan, removed_parameters
 from ..runtime.memory import WINDOWS
-from .damage import Candidates, check_kl, local_damage
+from .candidates import Candidates
+from .damage import check_kl, local_damage
 from .knapsack import greedy
 
 

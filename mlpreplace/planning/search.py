@@ -8,6 +8,7 @@ the knapsack within a trust region, and keeps the proposal only if its measured 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from ..models.inputs import check_batch_size, check_windows
 from ..replacements.families import Replacement
 from ..replacements.splice import Improved, Plan
 from ..runtime.cache import cached
+from ..runtime.memory import halving
 from ..statistics.gradients import OBJECTIVES, probe
 from ..statistics.gradients import WINDOWS as PROBED_WINDOWS
-from .damage import Candidates
+from .candidates import Candidates
 from .knapsack import knapsack
 
 RADIUS = 1 / 8  # of the trust region: by which share of a block's parameters its saving may change in one round
@@ -52,7 +54,7 @@ def search(
         windows: token ids [windows, seq_len] that KL is measured on: validation windows, never held-out ones.
         rounds: at most; each costs two backward passes over ``windows`` and a forward pass. In a round, the parameters that a
             block saves may change by an eighth of its own.
-        batch_size: windows in one pass, 2 by default.
+        batch_size: windows in one pass, 2 by default. Where memory runs out, a round prices again with half as many.
         cached: keep the result on disk and take it from there.
 
     Returns:
@@ -73,7 +75,8 @@ def search(
     history, tokens, batch_size = [], 0, batch_size or PROBED_WINDOWS
     for number in range(rounds):
         near = _near(savings, chosen)
-        present_kl, prices = _priced(model, options, chosen, near, windows, seed=number, batch_size=batch_size, progress=progress)
+        at_present = partial(_priced, model, options, chosen, near, windows, number, progress)
+        present_kl, prices = halving(at_present, batch_size)
         saved = {b: [savings[b][i] for i in of_block] for b, of_block in near.items()}
         picked = knapsack(saved, prices, target, exactly_one=True)
         proposal = {block: near[block][i] for block, i in picked.items()}
@@ -105,9 +108,12 @@ def _chosen(plan: Plan, options: Mapping[Block, Sequence[Option]]) -> dict[Block
     return chosen
 
 
-def _priced(model: nn.Module, options, chosen, near, windows: Tensor, **how) -> tuple[float, dict[Block, list[float]]]:
+def _priced(
+    model: nn.Module, options, chosen, near, windows: Tensor, seed: int, progress: bool, batch_size: int
+) -> tuple[float, dict[Block, list[float]]]:
     """KL of the present plan in nats per token, and the prices of the options ``near`` it."""
-    passes = [probe(model, _plan(options, chosen), options, windows, objective, **how) for objective in OBJECTIVES]
+    plan, how = _plan(options, chosen), dict(seed=seed, batch_size=batch_size, progress=progress)
+    passes = [probe(model, plan, options, windows, objective, **how) for objective in OBJECTIVES]
     with eval_mode(model):
         present_kl, terms = _terms(zip(*passes, strict=True), options, chosen, near, windows)
     curvature = _curvature(present_kl, [terms[block][0] for block, i in chosen.items() if i])

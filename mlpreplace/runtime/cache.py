@@ -27,16 +27,17 @@ import torch
 import transformers
 import xxhash
 from safetensors.torch import load as tensors_in
-from safetensors.torch import save as file_of
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import cache_dir, write_atomically
 from .fingerprint import PACKAGE, code_hash, fingerprint
 from .turns import turn
 
-NOT_IN_KEY = ("progress", "checkpoint")  # parameters that change no result
+NOT_IN_KEY = ("progress", "checkpoint", "memory_budget")  # parameters that change no result
 CHECKSUM = b'"checksum":"'  # in the header of a file, before the hash of the file with UNSET in its place
 UNSET = b"0" * 32
+AT_ONCE = 2**24  # bytes that are read to be hashed
 
 
 class Entry:
@@ -73,9 +74,8 @@ class Entry:
         """
         tensors: dict[str, Tensor] = {}
         record = json.dumps(_encode(result, tensors, {item: i for i, item in enumerate(known)}), allow_nan=False)
-        content = file_of(_unshared(tensors), {"record": record, "checksum": UNSET.decode()})
         try:
-            write_atomically(self.path, lambda path: _write(path, content))
+            write_atomically(self.path, lambda path: _write(path, _unshared(tensors), record))
         except OSError as error:
             raise OSError(
                 f"A result could not be kept in {self.path.parent} ({error}). Make room (make clean empties it) or name another "
@@ -117,12 +117,19 @@ def _is_whole(content: bytes) -> bool:
     return _hash_of(content, at) == content[at : at + len(UNSET)]
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write ``content`` with its checksum."""
-    at, view = _checksum_at(content), memoryview(content)
-    with path.open("wb") as file:
-        for part in (view[:at], _hash_of(content, at), view[at + len(UNSET) :]):
-            file.write(part)
+def _write(path: Path, tensors: Mapping[str, Tensor], record: str) -> None:
+    """Write a file with its checksum. It is never in memory as a whole."""
+    save_file(tensors, path, {"record": record, "checksum": UNSET.decode()})
+    digest = xxhash.xxh3_128()
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        at = _checksum_at(file.read(8 + length))
+        file.seek(0)
+        while part := file.read(AT_ONCE):
+            digest.update(part)
+        file.seek(at)
+        file.write(digest.hexdigest().encode())
 
 
 def cached(name: str, *, key: Callable | None = None, fills: str | None = None) -> Callable[[Callable], Callable]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from numbers import Integral
 from typing import TypeVar
@@ -59,23 +59,30 @@ AnyCollector = TypeVar("AnyCollector", bound=Collector)
 
 
 def collect(
-    model: nn.Module, batches: Iterable[tuple[Part, Batch]], collector: AnyCollector, *, name: str, progress: bool = True
+    model: nn.Module,
+    batches: Iterable[tuple[Part, Batch]],
+    collector: AnyCollector,
+    *,
+    name: str,
+    progress: bool = True,
+    run: Callable[[int], object] | None = None,
 ) -> AnyCollector:
     """Run ``batches`` through the layers of the dense ``model`` once, in eval mode and without gradients.
 
     Args:
         batches: (part, batch), see :func:`in_parts`.
         name: of the progress bar.
+        run: runs the batch of a number through some of the layers; None runs all layers.
 
     Returns:
         ``collector``. No hook is left in the model, also after an exception.
     """
     with eval_mode(model), ExitStack() as hooks, torch.inference_mode():
         collector.watch(hooks)
-        for part, batch in tqdm(batches, desc=name, unit="batch", disable=not progress, leave=False):
+        for number, (part, batch) in enumerate(tqdm(batches, desc=name, unit="batch", disable=not progress, leave=False)):
             batch = on_device(batch, model)
             collector.start(model, part, batch)
-            run_layers(model, batch)
+            run_layers(model, batch) if run is None else run(number)
             collector.finish()
     return collector
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from ..models.blocks import Block, listed
 from ..models.forward import State, hidden_states, watching
-from ..models.inputs import Batch, as_batch, check_batch_size
+from ..models.inputs import Batch, as_batch, check_batch_size, items
 from ..replacements.records import SAMPLES
 from ..runtime.cache import cached
-from ..runtime.memory import free_bytes, halving, windows_at_once
-from .collect import Collector, collect, in_parts
+from ..runtime.memory import memory_budget as memory_budget_of
+from ..runtime.memory import windows_at_once
+from .collect import Collector, in_parts
+from .groups import InGroups, grouped
 from .records import MOMENTS, SUMS, BlockStatistics, Sample, Statistics
 from .weight_check import WeightCheck
 
+FIT_COPIES = 2  # of a block's statistics that fits to them make at a time, at most
 PATCHES = 1024  # of an image, at most, where memory is estimated
 
 
@@ -27,7 +30,7 @@ class Accumulator:
     """Statistics in the making: the sums over one module's inputs and outputs, and the windows that are sampled.
 
     ``enter``, ``hidden``, ``leave`` and ``stream`` are called in this order for each batch. The products of a batch are made
-    where its activations are, in their precision (float32 for half precision). They are added up in float64 on ``home``.
+    where its activations are, in their precision (float32 for half precision), and added up there in float64.
     """
 
     def __init__(
@@ -35,10 +38,9 @@ class Accumulator:
         collector: Collector,
         stack: str,
         moments: Collection[str],
-        home: torch.device | None = None,
         precision: torch.dtype | None = None,
     ):
-        self.collector, self.stack, self.moments, self.home = collector, stack, set(moments), home
+        self.collector, self.stack, self.moments = collector, stack, set(moments)
         self.precision = precision  # of sampled inputs, where it is not that of the input
         self.sums = BlockStatistics()
         self.samples: dict[tuple[str, str], list[Tensor]] = {}  # {(part, field): batches}
@@ -92,9 +94,9 @@ class Accumulator:
         for name, value in values.items():
             total = getattr(self.sums, name)
             if total is None:
-                setattr(self.sums, name, value.to(self.home or value.device, torch.float64))
+                setattr(self.sums, name, value.double())
             else:
-                total.add_(value.to(total.device))
+                total.add_(value)
 
     def _sample(self, **values: Tensor) -> None:
         for name, value in values.items():
@@ -117,9 +119,9 @@ class Accumulator:
 class _Moments(Collector):
     """The collector of :func:`capture`."""
 
-    def __init__(self, blocks: Collection[Block], moments: Collection[str], home: Mapping[Block, torch.device]):
+    def __init__(self, blocks: Collection[Block], moments: Collection[str]):
         super().__init__(block.stack for block in blocks)
-        self.of = {block: Accumulator(self, block.stack, moments, home[block], block.dtype) for block in blocks}
+        self.of = {block: Accumulator(self, block.stack, moments, block.dtype) for block in blocks}
         self.of_neurons = not {"hidden", "cross"}.isdisjoint(moments)
         self.ran: set[Block] = set()  # in the running batch
 
@@ -145,8 +147,10 @@ class _Moments(Collector):
         self.ran.add(block)
         self.of[block].enter(x)
 
+    def result(self, block: Block) -> BlockStatistics:
+        return self.of.pop(block).result(block.name)
 
-@cached("capture")
+
 def capture(
     model: nn.Module,
     blocks: Iterable[Block],
@@ -157,9 +161,15 @@ def capture(
     validation_windows: int = 4,
     sample_windows: int | None = 4,
     batch_size: int | None = None,
+    memory_budget: int | str | None = None,
+    cached: bool = False,
     progress: bool = True,
 ) -> Statistics:
     """Run ``windows`` through ``model`` once and collect what the fits of ``blocks`` need.
+
+    Where the statistics of all blocks fit into the memory budget, they are collected at once. Where they do not, what is
+    returned captures them when they are asked for, some layers at a time (see :mod:`~mlpreplace.statistics.groups`): asking for
+    blocks in the order of layers costs one pass, and the numbers are the same, bit for bit.
 
     Args:
         model: the dense model; it is left as it was.
@@ -174,50 +184,86 @@ def capture(
         sample_windows: number of first windows kept as input/output pairs; None keeps every window that is fitted on.
         batch_size: windows in one forward pass. None is 4 on a CPU, and on a GPU as many as its free memory has room for.
             Where memory runs out, the pass starts again with half as many.
-        cached: keep the result on disk, and take it from there when model, windows, options and code are the same.
+        memory_budget: bytes, or "500MB", that statistics may take at a time; a single block may take more. By default
+            ``MLPREPLACE_MEMORY_BUDGET``, or half of what is free, and at most 2 GiB on a CPU.
+        cached: keep the result on disk, and take it from there when model, windows, options and code are the same. Only where
+            it fits into the budget; what does not is captured anew.
 
     Returns:
         {block: BlockStatistics}. Memory grows with the sampled windows, not with all windows. Sums are on the device of their
-        block, or on the CPU where they would take more than half of the free memory. Samples are on the CPU.
+        block, samples on the CPU.
 
     Raises:
         ValueError: unknown moment, no window left to fit on, windows longer than the model's context, a mask beside a batch, an
             activation that is not finite (with the name of the block), blocks of another model, a block that runs several times
-            in one pass, a block whose weights are not what it computes.
+            in one pass, a block whose weights are not what it computes, a budget that is no size.
     """
     blocks, whole = listed(blocks), as_batch(windows, model, mask)
     check_batch_size(batch_size)
     if unknown := set(moments) - set(MOMENTS):
         raise ValueError(f"Unknown moments {sorted(unknown)}; expected some of {tuple(MOMENTS)}.")
-    parts, home = dict(validation_windows=validation_windows, sample_windows=sample_windows), homes(blocks, moments)
+    parts = dict(validation_windows=validation_windows, sample_windows=sample_windows)
+    options = dict(moments=sorted(set(moments)), batch_size=batch_size, parts=parts, progress=progress)
+    budget = memory_budget_of(memory_budget, {block.device for block in blocks})
+    sampled = sum(items(batch) for part, batch in in_parts(whole, items(whole), **parts) if part)
+    sizes = {block: _bytes(block, moments, sampled * _seq_len(whole)) for block in blocks}
+    groups = grouped(blocks, sizes, budget - FIT_COPIES * max(sizes.values(), default=0))
+    if len(groups) > 1:
+        return _in_groups(model, groups, whole, **options)
+    return _at_once(model, blocks, whole, **options, cached=cached)
 
-    def run(batch_size: int) -> _Moments:
-        batches = in_parts(whole, batch_size, **parts)
-        return collect(model, batches, _Moments(blocks, moments, home), name="capture", progress=progress)
 
-    collector = halving(run, batch_size or windows_at_once({b.device for b in blocks}, _window_bytes(blocks, whole)))
-    return {block: accumulator.result(block.name) for block, accumulator in collector.of.items()}
+@cached("capture")
+def _at_once(
+    model: nn.Module,
+    blocks: list[Block],
+    whole: Batch,
+    *,
+    moments: list[str],
+    batch_size: int | None,
+    parts: dict[str, int | None],
+    progress: bool,
+) -> dict[Block, BlockStatistics]:
+    return dict(_in_groups(model, [blocks], whole, moments, batch_size, parts, progress)) if blocks else {}
+
+
+def _in_groups(
+    model: nn.Module,
+    groups: list[list[Block]],
+    whole: Batch,
+    moments: list[str],
+    batch_size: int | None,
+    parts: dict[str, int | None],
+    progress: bool,
+) -> InGroups:
+    devices, of_window = {block.device for group in groups for block in group}, max(_window_bytes(g, whole) for g in groups)
+    return InGroups(
+        model,
+        groups,
+        lambda windows: in_parts(whole, windows, **parts),
+        lambda group: _Moments(group, moments),
+        windows=batch_size or windows_at_once(devices, of_window),
+        key=(whole, moments, parts, batch_size),
+        progress=progress,
+    )
+
+
+def _bytes(block: Block, moments: Collection[str], sampled: int) -> int:
+    """Of a block's statistics: sums in float64, and ``sampled`` pairs in the block's precision."""
+    hidden, inner = block.hidden_size, block.intermediate_size if block.has_neurons else 0
+    sizes = {"input": 2 * hidden**2, "hidden": inner**2, "cross": inner * hidden}
+    return 8 * sum(sizes[moment] for moment in moments) + 2 * sampled * hidden * block.dtype.itemsize
+
+
+def _seq_len(whole: Batch) -> int:
+    """Tokens of an item, or what is taken for that where only the model can tell."""
+    return max((t.shape[1] for name, t in whole.items() if name.endswith("input_ids")), default=PATCHES)
 
 
 def _window_bytes(blocks: Collection[Block], whole: Batch) -> int:
     """A generous estimate of the memory that one layer needs for a window."""
-    seq_len = max((t.shape[1] for name, t in whole.items() if name.endswith("input_ids")), default=PATCHES)
     of_token = max((4 * (10 * b.hidden_size + 2 * b.n_active_params // b.hidden_size) for b in blocks), default=0)
-    return of_token * seq_len
-
-
-def homes(blocks: Collection[Block], moments: Collection[str]) -> dict[Block, torch.device]:
-    """Where the float64 sums of each block are kept: on its device, or on the CPU where all sums of that device would take more
-    than half of its free memory.
-    """
-    needed: dict[torch.device, int] = {}  # bytes
-    for block in blocks:
-        hidden, inner = block.hidden_size, block.intermediate_size if block.has_neurons else 0
-        sizes = {"input": 2 * hidden**2, "hidden": inner**2, "cross": inner * hidden}
-        needed[block.device] = needed.get(block.device, 0) + 8 * sum(sizes[moment] for moment in moments)
-    free = {device: free_bytes(device) for device in needed}
-    crowded = {device for device, bytes_needed in needed.items() if free[device] is not None and bytes_needed > free[device] / 2}
-    return {block: torch.device("cpu") if block.device in crowded else block.device for block in blocks}
+    return of_token * _seq_len(whole)
 
 
 def sample(

@@ -7,6 +7,7 @@ same sample.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -79,7 +80,7 @@ class BlockStatistics:
             raise ValueError(f"{block.name}: the statistics are not finite.")
 
 
-Statistics = dict[Block, BlockStatistics]
+Statistics = Mapping[Block, BlockStatistics]
 
 
 def combine(first: Statistics, second: Statistics) -> Statistics:

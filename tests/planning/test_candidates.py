@@ -2,14 +2,20 @@
 
 import pytest
 import torch
-from conftest import captured_whole
-from tiny_models import INTERMEDIATE, build, random_windows
+from tiny_models import INTERMEDIATE, build
 
-from mlpreplace import LowRank, Mean, NarrowPlusLinear, TwoLayerMLP, allocate, capture, find_blocks
+from mlpreplace import LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP, allocate, find_blocks, fit
 from mlpreplace.fitting.fit import fit_all
-from mlpreplace.planning.candidates import ATTENTION_SIZES, LINEAR_SIZES, WIDTH_STEPS, fit_candidates, narrow_widths
+from mlpreplace.planning.candidates import (
+    ATTENTION_SIZES,
+    LINEAR_SIZES,
+    WIDTH_STEPS,
+    candidate_families,
+    fitted_to,
+    narrow_widths,
+    savings_of,
+)
 from mlpreplace.replacements.families import ladder
-from mlpreplace.statistics.moments import MOMENTS
 
 
 def same(a, b) -> bool:
@@ -39,28 +45,35 @@ def test_sizes_of_experts_are_shares_of_their_parameters():
 def test_candidates_are_those_of_lists_written_by_hand(name):
     model = build(name)
     mlps, attentions = find_blocks(model), find_blocks(model, "attention")
-    options = dict(moments=MOMENTS, validation_windows=2, sample_windows=None, progress=False)
-    stats = capture(model, [*attentions, *mlps], random_windows(), **options)
-    given = fit_candidates(stats, progress=False)
     families = {b: narrow_widths(b, WIDTH_STEPS) + ladder(b, LINEAR_SIZES, [NarrowPlusLinear]) for b in mlps}
     families |= {b: [Mean(), *ladder(b, ATTENTION_SIZES, [LowRank])] for b in attentions}
-    assert list(given) == list(families), "MLP blocks first"
-    for block, of_block in families.items():
-        by_hand = fit_all([block], stats, of_block, samples=["validation"], progress=False)[block]
-        assert [r.family for r in given[block]] == of_block and same(given[block], by_hand)
+    assert candidate_families([*mlps, *attentions]) == families
+    few = candidate_families(mlps, width_steps=4, linear_sizes=())
+    assert few == {b: narrow_widths(b, 4) for b in mlps}
 
 
-def test_families_may_be_left_out_and_options_are_those_of_fit():
-    blocks, stats = captured_whole(build("llama"), random_windows())
-    given = fit_candidates(stats, width_steps=4, linear_sizes=(), samples=(), seed=1, selection="random", progress=False)
-    for block in blocks:
-        by_hand = fit_all([block], stats, narrow_widths(block, 4), samples=(), seed=1, selection="random", progress=False)
-        assert same(given[block], by_hand[block])
-        assert all(r.report.validation is None for r in given[block])
+def test_savings_are_those_of_the_fits(captured):
+    model, blocks, stats = captured
+    candidates = {b: [NarrowMLP(12), fit(b, stats, LowRank(4))] for b in blocks}
+    for block, savings in savings_of(candidates).items():
+        sizes = [sum(p.numel() for p in fit(block, stats, family).parameters()) for family in (NarrowMLP(12), LowRank(4))]
+        assert savings == [block.n_params - size for size in sizes]
+
+
+def test_what_was_fitted_stays_the_same_object_and_the_rest_is_fitted(captured):
+    _, blocks, stats = captured
+    own = fit(blocks[1], stats, LowRank(4))
+    found = fitted_to(stats, {(blocks[1], "own"): own, (blocks[0], 0): NarrowMLP(12)}, selection="random", seed=1)
+    assert list(found) == [(blocks[1], "own"), (blocks[0], 0)] and found[blocks[1], "own"] is own
+    assert same([found[blocks[0], 0]], [fit(blocks[0], stats, NarrowMLP(12), selection="random", seed=1)])
+    assert fitted_to(None, {(blocks[1], 0): own}) == {(blocks[1], 0): own}
+    with pytest.raises(ValueError, match=r"Not in the statistics: model\.layers\.0\.mlp"):
+        fitted_to(None, {(blocks[0], 0): NarrowMLP(12)})
 
 
 def test_by_default_an_allocation_chooses_among_fifteen_widths(captured):
     model, blocks, stats = captured
     by_hand = {b: fit_all([b], stats, narrow_widths(b), samples=["validation"], progress=False)[b] for b in blocks}
     plans = [allocate(model, stats, 0.3, "milp", candidates=c, progress=False) for c in (None, by_hand)]
-    assert list(plans[0]) == list(plans[1]) and same(plans[0].values(), plans[1].values())
+    chosen, expected = ({b: r.family for b, r in plan.items()} for plan in plans)
+    assert chosen == expected

@@ -57,7 +57,7 @@ def test_cached_damages_are_not_computed_again(results, monkeypatch):
     def fail(*args, **options):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(import_module("mlpreplace.planning.damage"), "probe", fail)
+    monkeypatch.setattr(import_module("mlpreplace.planning.damage"), "fisher_gradients", fail)
     assert second_order_damage(model, candidates, WINDOWS, cached=True, progress=False) == damages
     with pytest.raises(AssertionError, match="again"):
         second_order_damage(model, candidates, WINDOWS, seed=1, cached=True, progress=False)

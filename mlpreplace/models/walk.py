@@ -1,0 +1,115 @@
+"""Batches that go through a model some layers at a time, so that what is known of a layer need not be held for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .architectures import layer_lists
+from .blocks import Block
+from .forward import State, copied_state, handing_on, hidden_states, place_of, recording, run_layers, watching, with_hidden_states
+from .inputs import Batch, input_device, on_device
+
+
+@dataclass
+class Pass:
+    """One run of one layer on one batch, and of a block in it or of its replacement."""
+
+    state: State = ()  # what the layer returns
+    x: Tensor | None = None  # input of the block, in the shape that the layer gives it
+    y: Tensor | None = None  # output of the block
+    after: nn.Module | None = None  # the norm between y and the residual stream (Gemma 2)
+
+    @property
+    def stream(self) -> Tensor:
+        """The residual stream that leaves the layer, [batch, seq_len, hidden]."""
+        return hidden_states(self.state)
+
+    def with_stream(self, stream: Tensor) -> State:
+        """What the layer returns, with ``stream`` in place of its residual stream."""
+        return with_hidden_states(self.state, stream.reshape(self.stream.shape).to(self.stream))
+
+    def added(self, y: Tensor) -> Tensor:
+        """What a block with the output ``y`` adds to the residual stream, in the shape of ``y``."""
+        return y if self.after is None else self.after(y)
+
+
+class Walk:
+    """Batches that go through a model some layers at a time. Between these, their hidden states are on the CPU.
+
+    A run calls the model itself, with all other layers returning hidden states that are known. So a layer gets the masks,
+    positions and other inputs that the model makes. Embeddings and the last norm are computed again in each run.
+
+    Args:
+        batches: token ids [windows, seq_len], or keyword arguments of the model.
+
+    Raises ValueError for an encoder-decoder, whose layers are two sequences.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor | Batch]):
+        stacks = layer_lists(model)
+        if len(stacks) > 1:
+            raise ValueError(f"{type(model).__name__} has {len(stacks)} stacks of layers: expected a model with a single one.")
+        self.model, self.layers = model, stacks[0][2]
+        self.batches = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
+        self.device = input_device(model)
+        self.at = [0] * len(batches)  # the next layer of each batch
+        self.states: list[State | None] = [None] * len(batches)  # before layer 0 None: the model embeds the tokens
+
+    def branch(self) -> Walk:
+        """Another walk, from where the batches stand now."""
+        other = Walk(self.model, self.batches)
+        other.at, other.states = list(self.at), list(self.states)
+        return other
+
+    def run(self, batch: int, stop: int, then: int | None = None) -> State:
+        """Run a batch through the layers from the next one up to ``stop`` − 1, with the model as it is now.
+
+        Args:
+            then: the next layer afterwards, if not ``stop``: layers from there on will run again.
+
+        Returns:
+            What the last of these layers returns, the model's own tensor.
+        """
+        start, then = self.at[batch], stop if then is None else then
+        seen, kept = [], {start: self.states[batch]}
+        state = None if self.states[batch] is None else copied_state(self.states[batch], self.device)
+        with ExitStack() as stack:
+            stack.enter_context(watching(self.layers[stop - 1], leave=seen.append))
+            stack.enter_context(handing_on(self.layers[:start], lambda: state))
+            stack.enter_context(handing_on(self.layers[stop:], lambda: seen[-1]))
+            if start < then < stop:
+                stack.enter_context(recording(self.layers, [then], kept))
+            run_layers(self.model, on_device(self.batches[batch], self.model))
+        if then == stop:
+            kept[then] = seen[-1]
+        self.at[batch] = then
+        self.states[batch] = None if kept[then] is None else copied_state(kept[then], "cpu")
+        return seen[-1]
+
+    def logits(self, batch: int) -> Tensor:
+        """What the model makes of a batch that has gone through all layers, [windows, seq_len, vocab]."""
+        state = copied_state(self.states[batch], self.device)
+        with handing_on(self.layers, lambda: state):
+            return self.model(**on_device(self.batches[batch], self.model), use_cache=False).logits
+
+    def step(self, batch: int, block: Block | None = None) -> Pass:
+        """Run the next layer on one batch. The result shows ``block`` of the layer, if given."""
+        seen = Pass()
+        with ExitStack() as stack:
+            if block is not None:
+                first, last, host = place_of(self.model, block)
+                seeing = dict(
+                    enter=lambda x, beside: setattr(seen, "x", x.clone()),
+                    leave=lambda output: setattr(seen, "y", hidden_states(output).clone()),
+                    follow=lambda module: setattr(seen, "after", module),
+                )
+                stack.enter_context(watching(first, last, **seeing, within=host))
+            seen.state = self.run(batch, self.at[batch] + 1)
+        return seen
+
+
+# Memory of a backward pass

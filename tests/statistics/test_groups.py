@@ -1,0 +1,123 @@
+"""Statistics that are captured some layers at a time are those of one pass over all layers, bit for bit."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_models import MODELS, VISION_ONLY, batches_for, build, random_windows
+
+from mlpreplace import LowRank, NarrowMLP, capture, find_blocks, fit
+from mlpreplace.fitting import fit_all
+from mlpreplace.replacements import spliced
+from mlpreplace.statistics.groups import InGroups, by_group
+from mlpreplace.statistics.moments import SUMS
+
+WINDOWS = random_windows(10)
+OPTIONS = dict(moments=("input", "hidden", "cross"), validation_windows=2, sample_windows=3, progress=False)
+SMALL = 250_000  # bytes: a few blocks of the tiny models, and what their fits take
+
+
+def blocks_of(model):
+    kinds = ("mlp",) if getattr(model.config, "is_encoder_decoder", False) else ("mlp", "attention")
+    return [block for kind in kinds for block in find_blocks(model, kind)]
+
+
+def same(a, b) -> bool:
+    """Whether two statistics of a block hold the same bits."""
+    pairs = [(getattr(a, name), getattr(b, name)) for name in SUMS]
+    pairs += [(getattr(p, n), getattr(q, n)) for p, q in ((a.train, b.train), (a.validation, b.validation)) for n in vars(p)]
+    return a.tokens == b.tokens and all(y is None if x is None else torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_budget_changes_no_bit(name):
+    model = build(name)
+    blocks, (whole,) = blocks_of(model), batches_for(name, 10, 10)
+    at_once = capture(model, blocks, whole, **OPTIONS)
+    assert isinstance(at_once, dict)
+    for budget in (0, SMALL):
+        groups = capture(model, blocks, whole, **OPTIONS, memory_budget=budget)
+        assert isinstance(groups, InGroups) and set(groups) == set(blocks)
+        assert len(groups.groups) > 1 and (budget == 0 or name in VISION_ONLY or len(groups.groups) < len(blocks))
+        for block, s in groups.items():
+            assert same(s, at_once[block])
+
+
+def test_blocks_in_order_cost_one_pass(llama):
+    """Each layer runs once, but for one that two groups share."""
+    blocks, batches = blocks_of(llama), 3  # of those sampled, of the others, of validation
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=SMALL, batch_size=5)
+    ran = [0] * 3
+    for at, layer in enumerate(llama.model.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, at=at: ran.__setitem__(at, ran[at] + 1))
+    for block in groups:
+        assert groups[block].tokens
+    shared = {g[-1].layer for g, after in pairwise(groups.groups) if g[-1].layer == after[0].layer}
+    assert ran == [batches * (1 + (layer in shared)) for layer in range(3)]
+
+
+def test_any_order_gives_the_same(llama):
+    blocks = blocks_of(llama)
+    at_once = capture(llama, blocks, WINDOWS, **OPTIONS)
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=0)
+    for block in (blocks[2], blocks[0], blocks[-1], blocks[1], blocks[1]):
+        assert same(groups[block], at_once[block])
+
+
+def test_one_group_is_in_memory(llama):
+    groups = capture(llama, blocks_of(llama), WINDOWS, **OPTIONS, memory_budget=SMALL)
+    for block in groups:
+        groups[block]
+        assert set(groups.held) == set(groups.groups[groups.group_of[block]])
+
+
+@pytest.mark.parametrize("budget", [0, SMALL])
+def test_fits_to_groups_are_those_to_all_at_once(llama, budget):
+    blocks, families = blocks_of(llama), [NarrowMLP(24), LowRank(4)]
+    mlps = [block for block in blocks if block.kind == "mlp"]
+    at_once = fit_all(mlps, capture(llama, blocks, WINDOWS, **OPTIONS), families, progress=False)
+    groups = fit_all(mlps, capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=budget), families, progress=False)
+    assert list(groups) == list(at_once)
+    for block in mlps:
+        for one, other in zip(at_once[block], groups[block], strict=True):
+            assert one.report.validation == other.report.validation
+            assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_groups_are_told_in_order(llama):
+    blocks = blocks_of(llama)
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=0)
+    some = [blocks[2], blocks[0]]
+    assert by_group(groups, some) == [[blocks[0]], [blocks[2]]]
+    assert by_group({}, some) == by_group(None, some) == [some]
+
+
+def test_a_model_that_was_changed_since_is_refused(llama):
+    blocks = find_blocks(llama)
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=0)
+    plan = {blocks[0]: fit(blocks[0], groups, NarrowMLP(24))}
+    with spliced(llama, plan):
+        assert groups[blocks[0]].tokens  # still in memory
+        groups.held.clear()
+        with pytest.raises(ValueError, match="is a plan in place"):
+            groups[blocks[0]]
+    with torch.no_grad():
+        llama.model.layers[2].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="were written since"):
+        groups[blocks[1]]
+
+
+@pytest.mark.filterwarnings("ignore:Out of memory")
+def test_a_group_without_room_starts_again_with_half_the_batch(llama):
+    blocks = find_blocks(llama)
+    expected = capture(llama, blocks, WINDOWS, **OPTIONS, batch_size=2)
+
+    def full(module, args):
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError
+
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=0, batch_size=4)
+    assert groups[blocks[0]].tokens
+    llama.model.layers[1].mlp.register_forward_pre_hook(full)
+    for block in blocks[1:]:
+        assert same(groups[block], expected[block])
