@@ -18,7 +18,7 @@ HOUSE = {  # every room, left to right, and its files, top to bottom: each may i
     "statistics": "collect records groups weight_check moments residual_stream gradients unit_similarity",
     "fitting": "ridge neurons features closed_form pairs state training errors fit candidate_errors",
     "evaluation": "sweep perplexity tasks.run tasks.scores tasks speed int8 parameter_share",
-    "planning": "knapsack candidates damage choice_kl search rollback allocate refit objectives distil nest",
+    "planning": "knapsack candidates damage choice_kl search rollback allocate read_out refit objectives distil nest",
     "methods": "calibration registry layer_drop uniform allocated shortgpt uidl replaceme streamline subfit merging sliding",
     "beyond_language": "images translation pretrain",
     "storage": "tensors card record rebuild save export",

@@ -44,7 +44,13 @@ def factor(block: Block, c: Tensor) -> Tensor:
 
 def least_squares(block: Block, c: Tensor, target: Tensor, ridge: float) -> Tensor:
     """(C + λI)⁻¹ T: the weights of a ridge regression from its moments, [in, out]. Writes into C."""
-    return torch.cholesky_solve(target, factor(block, add_ridge(block, c, ridge)))
+    return solved(factor(block, add_ridge(block, c, ridge)), target)
+
+
+def solved(lower: Tensor, target: Tensor) -> Tensor:
+    """(LLᵀ)⁻¹ T. In two steps: torch.cholesky_solve makes a copy of L."""
+    half = torch.linalg.solve_triangular(lower, target, upper=False)
+    return torch.linalg.solve_triangular(lower.T, half, upper=True)
 
 
 def linear_map(block: Block, s: BlockStatistics, ridge: float) -> tuple[Tensor, Tensor]:

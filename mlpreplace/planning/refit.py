@@ -6,10 +6,6 @@ the blocks before it are replaced as well. :func:`refit` solves its output weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import singledispatch
-
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -20,60 +16,19 @@ from ..models.blocks import Block
 from ..models.forward import copied_state, eval_mode, hidden_states, token_rows
 from ..models.inputs import check_batch_size, check_windows
 from ..models.walk import Pass, Walk
-from ..replacements.families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, Replacement, TwoLayerMLP
+from ..replacements.families import Family, Replacement
 from ..replacements.records import FitReport
 from ..replacements.splice import Improved, Plan, bodies, check_plan, copied, spliced
 from ..runtime.cache import cached
-from ..runtime.memory import WINDOWS, halving
+from ..runtime.memory import WINDOWS, halving, on_disk
 from ..runtime.turns import turn
+from ..statistics.groups import InGroups, release
 from ..statistics.records import Statistics
 from .candidates import Choice, fitted_plan
+from .read_out import ReadOut, read_out
 
 TARGETS = ("output", "stream")
 DAMPING = 1e-2  # for channels to which a norm gives little gain, relative to the mean squared gain
-
-
-@dataclass(frozen=True)
-class ReadOut:
-    """A module as a linear map of features: g(x) = Σᵢ Wᵢ fᵢ(x) + b."""
-
-    features: Callable[[Tensor], Tensor]  # [..., hidden] → [..., width], all fᵢ side by side
-    weights: tuple[nn.Parameter, ...]  # [hidden, width of fᵢ] each
-    bias: nn.Parameter | None  # [hidden]
-
-
-@singledispatch
-def read_out(family: Family, body: nn.Module) -> ReadOut | None:
-    """The output weights of a family's module; None where the family has none or is not registered."""
-    return None
-
-
-@read_out.register
-def _(family: Mean, body: nn.Module) -> ReadOut:
-    return ReadOut(lambda x: x[..., :0], (), body.bias)
-
-
-@read_out.register
-def _(family: Linear, body: nn.Module) -> ReadOut:
-    return ReadOut(lambda x: x, (body.weight,), body.bias)
-
-
-@read_out.register
-def _(family: LowRank, body: nn.Module) -> ReadOut:
-    return ReadOut(body[0], (body[1].weight,), body[1].bias)
-
-
-@read_out.register(NarrowMLP)
-@read_out.register(TwoLayerMLP)
-def _(family: Family, body: nn.Module) -> ReadOut:
-    return ReadOut(body.neurons, (body.down.weight,), body.down.bias)
-
-
-@read_out.register
-def _(family: NarrowPlusLinear, body: nn.Module) -> ReadOut:
-    inward, outward = body.linear
-    weights = body.mlp.down.weight, outward.weight
-    return ReadOut(lambda x: torch.cat([body.mlp.neurons(x), inward(x)], -1), weights, outward.bias)
 
 
 def refit(
@@ -170,18 +125,32 @@ def _refit(
                 compressed = dense.branch()
             here = {b: r for b, r in new.items() if b.layer == layer}
             _fill(here, plan, stats)
+            release(stats, (b for b in plan if b.layer > layer))
             if block := next((b for b, r in here.items() if _reads_out(b, r)), None):
-                records.append(
-                    {"block": block.name, "layer": layer, **_refit_layer(dense, compressed, block, here, towards, ridge)}
-                )
-                continue
-            for i in range(len(batches)):
-                dense.step(i)
-                if compressed is not dense:
-                    with spliced(model, here):
-                        compressed.step(i)
+                solved = _refit_layer(dense, compressed, block, here, towards, ridge)
+                records.append({"block": block.name, "layer": layer, **solved})
+            else:
+                _run_layer(dense, compressed, here)
+            _put_away(here, stats)
         _fill({b: r for b, r in new.items() if b.layer > last}, plan, stats)
     return records, [r.report for r in new.values()]
+
+
+def _run_layer(dense: Walk, compressed: Walk, here: Plan) -> None:
+    """Run the next layer of both walks, the second with ``here`` in place."""
+    for i in range(len(dense.batches)):
+        dense.step(i)
+        if compressed is not dense:
+            with spliced(dense.model, here):
+                compressed.step(i)
+
+
+def _put_away(done: Plan, stats: Statistics | None) -> None:
+    """Where memory does not hold all statistics, it need not hold what is done."""
+    if isinstance(stats, InGroups):
+        for weight in bodies(done).parameters():
+            if weight.device.type == "cpu":
+                weight.data = on_disk(weight.data)
 
 
 def _reads_out(block: Block, replacement: Replacement) -> bool:
@@ -284,10 +253,12 @@ class _Regression:
         if out.bias is not None:
             ff, fe = centred(ff, sum_f, sum_f, n), centred(fe, sum_f, sum_e, n)
             left = left - sum_e.square().sum() / n**2
-        delta = least_squares(block, ff.clone(), fe, ridge) if out.weights else fe  # [width, hidden]
+        within = ff.diagonal().mean()
+        delta = least_squares(block, ff, fe, ridge) if out.weights else fe  # [width, hidden]
         for weight, part in zip(out.weights, delta.split([w.shape[1] for w in out.weights]), strict=True):
             weight.copy_(weight + part.T)
         if out.bias is not None:
             out.bias.copy_(out.bias + (sum_e - sum_f @ delta) / n)
-        left = left + ((delta * (ff @ delta)).sum() - 2 * (delta * fe).sum()) / n
+        if out.weights:  # δᵀFᵀFδ = δᵀFᵀE − λ|δ|², since δ solves (FᵀF + λI)δ = FᵀE
+            left = left - ((delta * fe).sum() + ridge * within * delta.square().sum()) / n
         return {"error": error.item(), "error_left": left.item()}

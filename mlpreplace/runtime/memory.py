@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import psutil
 import torch
+from torch import Tensor
+
+from .files import cache_dir
 
 WINDOWS = 4  # that run at a time on a CPU
 MOST_WINDOWS = 16  # that run at a time on a GPU; more are not faster
@@ -49,6 +53,16 @@ def memory_budget(given: int | str | None, devices: Collection[torch.device]) ->
             f'Expected a memory budget in bytes, or like "500MB" or "2GiB", got {given!r} ({VARIABLE}, or an argument).'
         )
     return int(float(number) * UNITS[found[2].upper()])
+
+
+def on_disk(tensor: Tensor) -> Tensor:
+    """The same tensor of a CPU, mapped from a file that nobody else sees: it takes no memory until it is read."""
+    tensor = tensor.detach().contiguous()
+    (folder := cache_dir() / "results").mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:  # whose content stays until the tensor goes
+        file.write(tensor.view(-1).view(torch.uint8).numpy())
+        file.flush()
+        return torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
 
 
 def windows_at_once(devices: Collection[torch.device], window_bytes: int) -> int:

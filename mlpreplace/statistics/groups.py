@@ -138,6 +138,12 @@ def only(statistics: Statistics, blocks: Collection[Block]) -> Statistics:
     return statistics.only(asked) if isinstance(statistics, InGroups) else {b: s for b, s in statistics.items() if b in asked}
 
 
+def release(statistics: Statistics | None, later: Iterable[Block]) -> None:
+    """Drop what is in memory unless one of the ``later`` blocks is in it."""
+    if isinstance(statistics, InGroups) and statistics.held.keys().isdisjoint(later):
+        statistics.held.clear()
+
+
 def by_group(statistics: Statistics | None, blocks: Iterable[Block]) -> list[list[Block]]:
     """``blocks`` in the groups in which their statistics are in memory at a time, in an order that costs one pass."""
     if not isinstance(statistics, InGroups):

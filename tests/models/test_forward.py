@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import MODELS, READS_TOKENS, batches_for, build, random_windows
+from tiny_models import MODELS, batches_for, build, random_windows
 from torch import nn
 
 from mlpreplace import find_blocks
