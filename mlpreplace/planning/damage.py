@@ -92,6 +92,7 @@ def second_order_damage(
     Raises ValueError for windows the model cannot read or of a single token, candidates for another model, families without
     statistics, a call under torch.inference_mode().
     """
+    check_windows(windows, model, least=2)
     budget = memory_budget_of(memory_budget, {block.device for block in candidates})
     sizes = {block: windows.numel() * block.hidden_size * block.dtype.itemsize for block in candidates}
     damages, predicted = {}, windows.shape[0] * (windows.shape[1] - 1)

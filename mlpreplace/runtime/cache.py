@@ -26,6 +26,7 @@ import scipy
 import torch
 import transformers
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_in
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class Entry:
         record = json.dumps(_encode(result, tensors, {item: i for i, item in enumerate(known)}), allow_nan=False)
         try:
             write_atomically(self.path, lambda path: _write(path, _unshared(tensors), record))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise OSError(
                 f"A result could not be kept in {self.path.parent} ({error}). Make room (make clean empties it) or name another "
                 "folder by MLPREPLACE_CACHE, and run again: what is there already is taken from there."

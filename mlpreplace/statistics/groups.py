@@ -54,8 +54,9 @@ class InGroups(Mapping[Block, BlockStatistics]):
         self.group_of = {block: i for i, group in enumerate(groups) for block in group}
         self.held: dict[Block, BlockStatistics] = {}
         self.walk: Walk | None = None
-        self.modules, self.parameters = list(model.modules()), list(model.parameters())
-        self.written = _versions(self.parameters)
+        with turn(model):  # another thread may have other modules in place
+            self.modules, self.parameters = list(model.modules()), list(model.parameters())
+            self.written = _versions(self.parameters)
 
     def __getitem__(self, block: Block) -> BlockStatistics:
         if block not in self.held:
