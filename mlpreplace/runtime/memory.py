@@ -19,7 +19,7 @@ from .files import cache_dir
 WINDOWS = 4  # that run at a time on a CPU
 MOST_WINDOWS = 16  # that run at a time on a GPU; more are not faster
 VARIABLE = "MLPREPLACE_MEMORY_BUDGET"
-MOST_BUDGET = 2 * 1024**3  # of a model on a CPU by default: what more would save is passes over text
+MOST_BUDGET = 3 * 1024**3  # of a model on a CPU by default: what more would save is passes over text
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ def memory_budget(given: int | str | None, devices: Collection[torch.device]) ->
 
     Args:
         given: bytes, or a text like "500MB" or "2GiB"; None is what ``MLPREPLACE_MEMORY_BUDGET`` says, and by default half of
-            what is free on the host and on each of ``devices``, but at most 2 GiB where a CPU is among them.
+            what is free on the host and on each of ``devices``, but at most 3 GiB where a CPU is among them.
 
     Raises ValueError for what is no size.
     """

@@ -22,7 +22,7 @@ from .groups import InGroups, grouped
 from .records import MOMENTS, SUMS, BlockStatistics, Sample, Statistics
 from .weight_check import WeightCheck
 
-FIT_COPIES = 2  # of a block's statistics that fits to them make at a time, at most
+FIT_COPIES = 3  # of a block's statistics that fits to them, and their capture, take at a time, at most
 PATCHES = 1024  # of an image, at most, where memory is estimated
 
 
@@ -185,7 +185,7 @@ def capture(
         batch_size: windows in one forward pass. None is 4 on a CPU, and on a GPU as many as its free memory has room for.
             Where memory runs out, the pass starts again with half as many.
         memory_budget: bytes, or "500MB", that statistics may take at a time; a single block may take more. By default
-            ``MLPREPLACE_MEMORY_BUDGET``, or half of what is free, and at most 2 GiB on a CPU.
+            ``MLPREPLACE_MEMORY_BUDGET``, or half of what is free, and at most 3 GiB on a CPU.
         cached: keep the result on disk, and take it from there when model, windows, options and code are the same. Only where
             it fits into the budget; what does not is captured anew.
 

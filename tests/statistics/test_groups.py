@@ -9,12 +9,12 @@ from tiny_models import MODELS, VISION_ONLY, batches_for, build, random_windows
 from mlpreplace import LowRank, NarrowMLP, capture, find_blocks, fit
 from mlpreplace.fitting import fit_all
 from mlpreplace.replacements import spliced
-from mlpreplace.statistics.groups import InGroups, by_group
-from mlpreplace.statistics.moments import SUMS
+from mlpreplace.statistics.groups import InGroups, by_group, only, release
+from mlpreplace.statistics.moments import FIT_COPIES, SUMS
 
 WINDOWS = random_windows(10)
 OPTIONS = dict(moments=("input", "hidden", "cross"), validation_windows=2, sample_windows=3, progress=False)
-SMALL = 250_000  # bytes: a few blocks of the tiny models, and what their fits take
+SMALL = 312_500  # bytes: two blocks of most tiny models, and what their fits take
 
 
 def blocks_of(model):
@@ -29,16 +29,22 @@ def same(a, b) -> bool:
     return a.tokens == b.tokens and all(y is None if x is None else torch.equal(x, y) for x, y in pairs)
 
 
+def size(s) -> int:
+    """Bytes of the matrices and pairs of a block."""
+    tensors = [s.xx, s.xy, s.hh, s.hx, *(t for sample in (s.train, s.validation) for t in (sample.x, sample.y))]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_budget_changes_no_bit(name):
     model = build(name)
     blocks, (whole,) = blocks_of(model), batches_for(name, 10, 10)
     at_once = capture(model, blocks, whole, **OPTIONS)
     assert isinstance(at_once, dict)
-    for budget in (0, SMALL):
+    for budget in (0, (FIT_COPIES + 2) * max(map(size, at_once.values()))):  # two of the largest, and what a fit takes
         groups = capture(model, blocks, whole, **OPTIONS, memory_budget=budget)
         assert isinstance(groups, InGroups) and set(groups) == set(blocks)
-        assert len(groups.groups) > 1 and (budget == 0 or name in VISION_ONLY or len(groups.groups) < len(blocks))
+        assert budget == 0 or name in VISION_ONLY or 1 < len(groups.groups) < len(blocks)
         for block, s in groups.items():
             assert same(s, at_once[block])
 
@@ -82,6 +88,32 @@ def test_fits_to_groups_are_those_to_all_at_once(llama, budget):
         for one, other in zip(at_once[block], groups[block], strict=True):
             assert one.report.validation == other.report.validation
             assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_asking_which_blocks_there_are_captures_nothing(llama, gpt2):
+    blocks = blocks_of(llama)
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=0)
+    assert all(block in groups for block in blocks) and find_blocks(gpt2)[0] not in groups
+    assert len(groups) == len(blocks) and not groups.held
+
+
+def test_some_blocks_alone(llama):
+    blocks = blocks_of(llama)
+    at_once, groups = (capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=budget) for budget in ("1GB", 0))
+    some = blocks[1:3]
+    for found in (only(at_once, some), only(groups, some)):
+        assert list(found) == some and all(same(found[block], at_once[block]) for block in some)
+
+
+def test_what_is_not_needed_later_is_released(llama):
+    blocks = find_blocks(llama)
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=0)
+    assert groups[blocks[0]].tokens
+    release(groups, blocks)
+    assert set(groups.held) == {blocks[0]}
+    release(groups, blocks[1:])
+    assert not groups.held
+    release({}, blocks), release(None, blocks)
 
 
 def test_groups_are_told_in_order(llama):
