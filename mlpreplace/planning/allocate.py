@@ -109,6 +109,8 @@ def choose(
 
     Arguments and errors are those of :func:`allocate`, for all strategies but "search".
     """
+    if strategy == "search":
+        raise ValueError('strategy="search" goes on from fitted candidates: allocate(…, "search") returns its plan.')
     if windows is not None:
         check_windows(windows, model, least=2)
     target = _target(model, sparsity, strategy, windows)

@@ -18,7 +18,7 @@ CALIBRATION, VALIDATION = random_windows(24), random_windows(4, seed=1)
 ONE_BLOCK, ALL = 0, "1GB"
 
 
-def captured(name: str, budget, **options):
+def case(name: str, budget):
     model = build(name)
     blocks = find_blocks(model) + find_blocks(model, "attention")
     stats = capture(
@@ -47,7 +47,7 @@ def same(a, b) -> bool:
 def test_a_plan_is_the_same_under_any_budget(strategy, name):
     plans = []
     for budget in (ONE_BLOCK, ALL):
-        model, stats, candidates = captured(name, budget)
+        model, stats, candidates = case(name, budget)
         options = {} if strategy == "uniform" else dict(candidates=candidates, windows=VALIDATION, memory_budget=budget)
         plans.append(allocate(model, stats, 0.3, strategy, **options, progress=False))
     assert same(*plans)
@@ -56,7 +56,7 @@ def test_a_plan_is_the_same_under_any_budget(strategy, name):
 def test_prices_are_the_same_under_any_budget():
     found = []
     for budget in (ONE_BLOCK, ALL):
-        model, stats, candidates = captured("llama", budget)
+        model, stats, candidates = case("llama", budget)
         options = dict(progress=False)
         found.append(
             [
@@ -73,7 +73,7 @@ def test_a_refit_of_families_is_that_of_their_fits(name):
     """Also of blocks behind the last one that is refitted, and with reports of the first fits."""
     refitted = []
     for budget in (ONE_BLOCK, ALL):
-        model, stats, _ = captured(name, budget)
+        model, stats, _ = case(name, budget)
         mlps, attentions = find_blocks(model), find_blocks(model, "attention")
         chosen = {attentions[2]: LowRank(4), mlps[0]: NarrowMLP(24), mlps[1]: NarrowMLP(16), attentions[1]: LowRank(8)}
         refitted.append(refit(model, chosen, CALIBRATION, stats, progress=False))
@@ -85,13 +85,19 @@ def test_a_refit_of_families_is_that_of_their_fits(name):
 
 
 def test_choose_is_what_allocate_fits(results):
-    model, stats, candidates = captured("llama", ONE_BLOCK)
+    model, stats, candidates = case("llama", ONE_BLOCK)
     options = dict(candidates=candidates, windows=VALIDATION, progress=False)
     chosen = choose(model, stats, 0.3, "joint", **options)
     assert {b: r.family for b, r in allocate(model, stats, 0.3, "joint", **options).items()} == chosen
     first = refit(model, chosen, CALIBRATION, stats, cached=True, progress=False)
     again = refit(model, chosen, CALIBRATION, stats, cached=True, progress=False)
     assert same(first.plan, again.plan) and first.report == again.report
+
+
+def test_a_search_is_no_choice(captured):
+    model, _, stats = captured
+    with pytest.raises(ValueError, match="allocate"):
+        choose(model, stats, 0.3, "search", windows=VALIDATION)
 
 
 @pytest.fixture
