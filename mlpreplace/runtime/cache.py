@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,14 +21,14 @@ from dataclasses import fields, is_dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import scipy
 import torch
 import transformers
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_in
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -58,13 +59,14 @@ class Entry:
     def load(self, known: Sequence = ()) -> object:
         """The stored result, or None where there is none that is whole. ``known`` as it was given to :meth:`save`."""
         try:
-            content = self.path.read_bytes()  # at once: another process may replace the file meanwhile
+            with self.path.open("rb") as file:
+                whole = _is_whole(file)
+            if not whole:
+                return None
+            with safe_open(self.path, "pt", backend="pread") as file:  # into memory one by one: results may be gigabytes
+                return _decode(json.loads(file.metadata()["record"]), file.get_tensor, known)
         except FileNotFoundError:
             return None
-        if not _is_whole(content):
-            return None
-        header, tensors = _header(content), tensors_in(content)
-        return _decode(json.loads(json.loads(header)["__metadata__"]["record"]), tensors.__getitem__, known)
 
     def save(self, result: object, known: Sequence = ()) -> None:
         """Store ``result``.
@@ -91,46 +93,38 @@ def _settings() -> list:
     return [torch.get_default_dtype(), torch.get_float32_matmul_precision(), *autocast]
 
 
-def _header(content: bytes) -> bytes:
-    """The json at the start of a safetensors file, after its length."""
-    return content[8 : 8 + int.from_bytes(content[:8], "little")]
+def _checksum(file: BinaryIO) -> tuple[int, bytes]:
+    """Where in a file its checksum starts, and the hash of the file with UNSET in that place.
 
-
-def _checksum_at(content: bytes) -> int:
-    """Where the checksum starts. Raises ValueError where there is none."""
-    return 8 + _header(content).index(CHECKSUM) + len(CHECKSUM)
-
-
-def _hash_of(content: bytes, at: int) -> bytes:
-    """Of a file, as if its checksum, which starts ``at``, were not set."""
-    digest, view = xxhash.xxh3_128(), memoryview(content)
-    for part in (view[:at], UNSET, view[at + len(UNSET) :]):
+    Raises ValueError where there is no checksum.
+    """
+    file.seek(0)
+    length = file.read(8)
+    header = file.read(min(int.from_bytes(length, "little"), os.fstat(file.fileno()).st_size))
+    at = header.index(CHECKSUM) + len(CHECKSUM)
+    digest = xxhash.xxh3_128(length + header[:at] + UNSET + header[at + len(UNSET) :])
+    while part := file.read(AT_ONCE):
         digest.update(part)
-    return digest.hexdigest().encode()
+    return len(length) + at, digest.hexdigest().encode()
 
 
-def _is_whole(content: bytes) -> bool:
+def _is_whole(file: BinaryIO) -> bool:
     """Whether a file is, byte for byte, what was written."""
     try:
-        at = _checksum_at(content)
+        at, expected = _checksum(file)
     except ValueError:
         return False
-    return _hash_of(content, at) == content[at : at + len(UNSET)]
+    file.seek(at)
+    return file.read(len(expected)) == expected
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], record: str) -> None:
     """Write a file with its checksum. It is never in memory as a whole."""
     save_file(tensors, path, {"record": record, "checksum": UNSET.decode()})
-    digest = xxhash.xxh3_128()
     with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        file.seek(0)
-        at = _checksum_at(file.read(8 + length))
-        file.seek(0)
-        while part := file.read(AT_ONCE):
-            digest.update(part)
+        at, checksum = _checksum(file)
         file.seek(at)
-        file.write(digest.hexdigest().encode())
+        file.write(checksum)
 
 
 def cached(name: str, *, key: Callable | None = None, fills: str | None = None) -> Callable[[Callable], Callable]:
