@@ -22,18 +22,7 @@ from tiny_models import build
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = 256  # windows, and what is decoded behind them
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
-STOP = {  # on any device but a CPU, and at which cell
-    "04_full_replacement": "int8, whose product was the CPU's alone",
-    "05_subfit": "texts with and without a cache, compared token by token",
-}
-
-
-def marks(path: Path) -> list:
-    stops = [pytest.mark.skip(reason=f"stops there at {STOP[path.stem]}")] if path.stem in STOP else []
-    return stops + [pytest.mark.slow] * (path in STUDIES)
-
-
-PATHS = [pytest.param(path, id=run.name_of(path), marks=marks(path)) for path in NOTEBOOKS]
+PATHS = [pytest.param(path, id=run.name_of(path), marks=[pytest.mark.slow] * (path in STUDIES)) for path in NOTEBOOKS]
 FEWER = {"06_ff_merging": ["VISION_STEPS", "TRANSLATION_STEPS", "HELD_PAIRS"]}  # parameters that are 2
 DEVICES = ["fake", pytest.param("cuda", marks=GPU)]
 
@@ -62,3 +51,7 @@ def test_a_notebook_runs_on_another_device(path, device, tiny, results, capsys, 
     committed = {p.stem: json.loads(p.read_text())["provenance"]["notebook"] for p in (ROOT / "figures").glob("*.json")}
     assert figures.keys() == {name for name, notebook in committed.items() if notebook == run.name_of(path)}
     assert {(f["provenance"]["device"], f["provenance"]["dtype"]) for f in figures.values()} == {(f"{device}:0", "bfloat16")}
+    if path.stem == "04_full_replacement":
+        figure, left_out = figures["04_quantization"], device == "fake"
+        assert len(figure["rows"]) == (2 if left_out else 4)
+        assert ("int8" in figure["provenance"]["left_out"]) == ("not measured on fake:0" in figure["claim"]) == left_out

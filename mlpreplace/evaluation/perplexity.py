@@ -46,6 +46,10 @@ class Measurement:
             raise ValueError("No KL divergence was measured; compare(...) measures it.")
         return float(self.kl.sum() / self.tokens.sum())
 
+    def estimate(self, seed: int = 0) -> Estimate:
+        """The perplexity with a bootstrap interval: whole windows are resampled."""
+        return _exp_per_token(self.nll, self.tokens, seed)
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -110,8 +114,7 @@ def perplexity(
 
     Every token but the first of a window is predicted. Raises ValueError for windows the model cannot read or of a single token.
     """
-    measured = measure(model, windows, batch_size=batch_size, progress=progress)
-    return _exp_per_token(measured.nll, measured.tokens, seed)
+    return measure(model, windows, batch_size=batch_size, progress=progress).estimate(seed)
 
 
 def measure(model: nn.Module, windows: Tensor, *, batch_size: int | None = None, progress: bool = True) -> Measurement:

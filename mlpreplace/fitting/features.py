@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.blocks import Block, block_neurons
-from ..statistics.moments import BlockStatistics, Sample
+from ..statistics.moments import BlockStatistics, Sample, gram
 from .neurons import ClosedForm, select
 from .ridge import centred, linear_map, reduced_rank
 
@@ -70,7 +70,7 @@ def feature_statistics(features: Callable[[Tensor], Tensor], sample: Sample, dev
     tokens = sample.x[sample.mask].split(CHUNK), sample.y[sample.mask].split(CHUNK)
     for x, y in zip(*tokens, strict=True):
         f = features(x.to(device, torch.promote_types(x.dtype, torch.float32)))  # [tokens, width]
-        sums = [t.double() for t in (f.sum(0), y.to(f).sum(0), f.T @ f, f.T @ y.to(f))]
+        sums = [t.double() for t in (f.sum(0), y.to(f).sum(0), gram(f), f.T @ y.to(f))]
         totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
     sum_x, sum_y, xx, xy = totals or [None] * 4
     return BlockStatistics(sample.tokens, sum_x, sum_y, xx=xx, xy=xy)
@@ -109,9 +109,9 @@ def cluster_statistics(block: Block, s: BlockStatistics, own: Tensor) -> BlockSt
     sums = {name: getattr(s, name) * (block.hidden_size / s.tokens) for name in MOMENTS if getattr(s, name) is not None}
     for chunk in own.nonzero().squeeze(1).split(CHUNK):
         cx, cy = x[chunk], y[chunk]
-        new = {"sum_x": cx.sum(0), "sum_y": cy.sum(0), "xx": cx.T @ cx, "xy": cx.T @ cy}
+        new = {"sum_x": cx.sum(0), "sum_y": cy.sum(0), "xx": gram(cx), "xy": cx.T @ cy}
         if "hh" in sums:
             h = block_neurons(block, cx)
-            new |= {"sum_h": h.sum(0), "hh": h.T @ h}
+            new |= {"sum_h": h.sum(0), "hh": gram(h)}
         sums |= {name: sums[name] + value for name, value in new.items() if name in sums}
     return BlockStatistics(int(own.sum()) + block.hidden_size, **sums, train=sample)

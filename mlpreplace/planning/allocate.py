@@ -103,6 +103,7 @@ def choose(
     damages: Damages | None = None,
     windows: Tensor | None = None,
     memory_budget: int | str | None = None,
+    cached: bool = False,
     progress: bool = True,
 ) -> Choice:
     """What :func:`allocate` would fit: {block: family at a size}, or the replacement itself where that was the candidate.
@@ -129,9 +130,10 @@ def choose(
             f"sparsity={sparsity} asks to remove {target:,.0f} parameters, the candidates can save {most:,}: offer smaller ones."
         )
     if damages is None and windows is None:
-        damages = local_damage(candidates, stats)
+        damages = local_damage(candidates, stats, cached=cached)
     elif damages is None:
-        damages = second_order_damage(model, candidates, windows, stats, memory_budget=memory_budget, progress=progress)
+        options = dict(memory_budget=memory_budget, cached=cached, progress=progress)
+        damages = second_order_damage(model, candidates, windows, stats, **options)
     elif {b: len(d) for b, d in damages.items()} != {b: len(f) for b, f in candidates.items()}:
         raise ValueError(
             "damages must hold one number for each of candidates, block by block: compute them of the same candidates."
@@ -169,6 +171,7 @@ def allocate(
     windows: Tensor | None = None,
     rounds: int = 2,
     memory_budget: int | str | None = None,
+    cached: bool = False,
     progress: bool = True,
 ) -> Plan:
     """A fitted plan that removes at least ``sparsity`` of the parameters of all attention and MLP blocks.
@@ -193,6 +196,7 @@ def allocate(
         windows: token ids [windows, seq_len], never held-out ones. "joint" and "search" need them to measure KL on.
         rounds: of the search, at most.
         memory_budget: as for :func:`~mlpreplace.capture`, for what the prices need.
+        cached: keep prices and fits on disk, and take them from there.
 
     Raises:
         ValueError: unknown strategy, damages that are not one finite number for each candidate, a sparsity outside (0, 1) or
@@ -203,13 +207,14 @@ def allocate(
     if windows is not None and of_windows:
         check_windows(windows, model, least=2)
         check_gradients(model)
-    options = dict(family=family, damages=damages, windows=windows, memory_budget=memory_budget, progress=progress)
+    options = dict(family=family, damages=damages, windows=windows, memory_budget=memory_budget, cached=cached, progress=progress)
     if strategy != "search":
         chosen = choose(model, stats, sparsity, strategy, candidates=candidates, **options)
-        return fitted_plan(stats, chosen, progress=False)
+        return fitted_plan(stats, chosen, cached=cached, progress=False)
     _target(model, sparsity, strategy, windows)
     candidates = _narrow(stats) if candidates is None else candidates
-    every = fitted_to(stats, {(b, i): c for b, of_block in candidates.items() for i, c in enumerate(of_block)}, samples=())
+    wanted = {(b, i): c for b, of_block in candidates.items() for i, c in enumerate(of_block)}
+    every = fitted_to(stats, wanted, samples=(), cached=cached)
     candidates = {b: [every[b, i] for i in range(len(of_block))] for b, of_block in candidates.items()}
     plan = choose(model, stats, sparsity, "milp", candidates=candidates, **options)
     return search(model, plan, candidates, windows, rounds=rounds, progress=progress).plan

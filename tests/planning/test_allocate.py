@@ -13,6 +13,9 @@ from mlpreplace.models.blocks import block_parameters
 from mlpreplace.planning.allocate import ATTENTION_PRICES
 from mlpreplace.planning.damage import local_damage
 from mlpreplace.replacements.splice import sparsity_of
+from mlpreplace.runtime.fingerprint import fingerprint
+
+WINDOWS = random_windows(4, seed=7)
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "milp"])
@@ -101,6 +104,17 @@ def test_damages_may_be_given(captured):
     assert blocks[0] not in plan
     with pytest.raises(ValueError, match="one number for each of candidates"):
         allocate(model, stats, 0.2, "milp", candidates=candidates, damages={b: [1.0, 2.0] for b in blocks})
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "greedy", "milp"])
+def test_a_cached_plan_is_neither_priced_nor_fitted_again(strategy, captured, results, monkeypatch):
+    model, _, stats = captured
+    options = dict(windows=WINDOWS if strategy == "milp" else None, progress=False)
+    plan = fingerprint(allocate(model, stats, 0.2, strategy, **options, cached=True))
+    assert plan == fingerprint(allocate(model, stats, 0.2, strategy, **options))
+    for module, function in (("fitting.fit", "solve"), ("planning.damage", "candidate_errors")):
+        monkeypatch.setattr(import_module(f"mlpreplace.{module}"), function, None)
+    assert plan == fingerprint(allocate(model, stats, 0.2, strategy, **options, cached=True))
 
 
 def test_the_heuristic_leaves_the_ends_alone():

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from joblib import parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tiny_models import build, random_windows
 
-from mlpreplace import ConvMLP, LowRank, NarrowMLP, Training, compare, fit, register_architecture
+from mlpreplace import ConvMLP, LowRank, Mean, NarrowMLP, Training, capture, compare, find_blocks, fit, register_architecture
 from mlpreplace.fitting.fit import fit_all
 from mlpreplace.models.architectures import ARCHITECTURES, known_here
+from mlpreplace.planning import second_order_damage
 from mlpreplace.runtime.parallel import elsewhere, spread
+from mlpreplace.statistics.groups import InGroups
 
 SLOW = Training(epochs=20, batch_tokens=16, check_tokens=64, patience=10**6)  # seconds, with a checkpoint every few milliseconds
 
@@ -64,13 +67,24 @@ def stand_for_nothing(*_):
     return os.getpid(), torch.get_num_threads()
 
 
-def die_once(flag: str, value: int) -> int:
+def die_once(flag: str, value):
     """A job that kills the first worker that runs it; two may begin at once, and one of them makes the file."""
     try:
         open(flag, "x").close()
     except FileExistsError:
         return value
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesOnce(torch.nn.Module):
+    """A replacement's body that kills the first worker in which it is run."""
+
+    def __init__(self, flag: str, body: torch.nn.Module):
+        super().__init__()
+        self.flag, self.body = flag, body
+
+    def forward(self, x):
+        return die_once(self.flag, self.body(x))
 
 
 def where_blocks_are(model) -> tuple:
@@ -146,7 +160,34 @@ def test_a_registered_architecture_reaches_the_workers(cluster, registry, pairs)
     assert np.array_equal(here["one"].kl, there["one"].kl)
 
 
+def test_prices_of_groups_elsewhere_are_those_of_this_process(backend, pairs):
+    model, *_ = pairs
+    windows = random_windows(12)
+    some_layers = dict(memory_budget=0, progress=False)
+    blocks = find_blocks(model)
+    stats = capture(model, blocks, windows, validation_windows=4, **some_layers)
+    assert isinstance(stats, InGroups)
+    families = {block: [NarrowMLP(16), LowRank(4), Mean()] for block in blocks}
+    here = second_order_damage(model, families, windows[8:], stats, **some_layers)
+    with parallel_config(backend, n_jobs=2):
+        there = second_order_damage(model, families, windows[8:], stats, **some_layers)
+    assert here == there
+
+
 # a worker is killed
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_group_changes_no_price(cluster, pairs, tmp_path):
+    model, blocks, stats = pairs
+    windows, plain = random_windows(4, seed=5), fit(blocks[1], stats, Mean())
+    fatal = deepcopy(plain)
+    fatal.body = DiesOnce(str(tmp_path / "flag"), plain.body)
+    families = {block: [NarrowMLP(16), LowRank(4)] for block in blocks}
+    here = second_order_damage(model, families | {blocks[1]: [plain, LowRank(4)]}, windows, stats, progress=False)
+    with parallel_config("dask"):
+        there = second_order_damage(model, families | {blocks[1]: [fatal, LowRank(4)]}, windows, stats, progress=False)
+    assert (tmp_path / "flag").exists()
+    assert here == there
 
 
 def test_a_killed_worker_of_a_cluster_loses_no_job(cluster, tmp_path):
