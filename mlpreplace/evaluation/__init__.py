@@ -2,6 +2,6 @@
 
 from .int8 import quantized
 from .parameter_share import model_shares, parameter_shares
-from .perplexity import Estimate, Measurement, compare, kl_divergence, perplexity, perplexity_ratio
+from .perplexity import Estimate, Measurement, compare, kl_divergence, measure, perplexity, perplexity_ratio
 from .speed import flops, ideal_speedup, latency, size_bytes, speed_rows
 from .tasks import BUNDLED_TASKS, TaskResult, accuracy_retained, evaluate_tasks, task_rows
