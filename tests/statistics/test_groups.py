@@ -49,16 +49,20 @@ def test_a_budget_changes_no_bit(name):
             assert same(s, at_once[block])
 
 
-def test_blocks_in_order_cost_one_pass(llama):
+@pytest.mark.parametrize("together", [2, 3])
+def test_blocks_in_order_cost_one_pass(together, llama):
     """Each layer runs once, but for one that two groups share."""
     blocks, batches = blocks_of(llama), 3  # of those sampled, of the others, of validation
-    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=SMALL, batch_size=5)
+    sizes = sorted(map(size, capture(llama, blocks, WINDOWS, **OPTIONS).values()))
+    budget = FIT_COPIES * sizes[-1] + sum(sizes[-together:])
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=budget, batch_size=5)
     ran = [0] * 3
     for at, layer in enumerate(llama.model.layers):
         layer.input_layernorm.register_forward_hook(lambda *_, at=at: ran.__setitem__(at, ran[at] + 1))
     for block in groups:
         assert groups[block].tokens
     shared = {g[-1].layer for g, after in pairwise(groups.groups) if g[-1].layer == after[0].layer}
+    assert len(groups.groups) > 1 and bool(shared) == (together == 3)
     assert ran == [batches * (1 + (layer in shared)) for layer in range(3)]
 
 
