@@ -81,6 +81,15 @@ def test_one_group_is_in_memory(llama):
         assert set(groups.held) == set(groups.groups[groups.group_of[block]])
 
 
+def test_a_group_is_dropped_before_the_next_is_captured(llama):
+    groups = capture(llama, blocks_of(llama), WINDOWS, **OPTIONS, memory_budget=0)
+    collector, held = groups.collector, []
+    groups.collector = lambda group: held.append(len(groups.held)) or collector(group)
+    for block in groups:
+        groups[block]
+    assert held == [0] * len(groups.groups)
+
+
 @pytest.mark.parametrize("budget", [0, SMALL])
 def test_fits_to_groups_are_those_to_all_at_once(llama, budget):
     blocks, families = blocks_of(llama), [NarrowMLP(24), LowRank(4)]
