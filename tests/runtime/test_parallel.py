@@ -24,6 +24,7 @@ from mlpreplace.statistics.groups import InGroups
 SLOW = Training(epochs=20, batch_tokens=16, check_tokens=64, patience=10**6)  # seconds, with a checkpoint every few milliseconds
 
 CHECKPOINTS = "fit-checkpoint-*.safetensors"
+HERE = os.environ.setdefault("MLPREPLACE_TEST_PROCESS", str(os.getpid()))  # which workers read from their environment
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,8 @@ def stand_for_nothing(*_):
 
 def die_once(flag: str, value):
     """A job that kills the first worker that runs it; two may begin at once, and one of them makes the file."""
+    if str(os.getpid()) == HERE:  # where one worker is left, joblib runs jobs in this process
+        raise AssertionError("the jobs were to run elsewhere")
     try:
         open(flag, "x").close()
     except FileExistsError:
@@ -183,6 +186,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_group_changes_no_price(cluster, p
     fatal = deepcopy(plain)
     fatal.body = DiesOnce(str(tmp_path / "flag"), plain.body)
     families = {block: [NarrowMLP(16), LowRank(4)] for block in blocks}
+    cluster.wait_for_workers(2, timeout=60)  # an earlier test may have killed one
     here = second_order_damage(model, families | {blocks[1]: [plain, LowRank(4)]}, windows, stats, progress=False)
     with parallel_config("dask"):
         there = second_order_damage(model, families | {blocks[1]: [fatal, LowRank(4)]}, windows, stats, progress=False)
@@ -193,6 +197,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_group_changes_no_price(cluster, p
 def test_a_killed_worker_of_a_cluster_loses_no_job(cluster, tmp_path):
     """Large jobs, too: what they carry must not have been with the dead worker alone."""
     jobs = [(str(tmp_path / "flag"), torch.full((100_000,), i)) for i in range(20)]
+    cluster.wait_for_workers(2, timeout=60)
     with parallel_config("dask"):
         found = list(spread(die_once, jobs, prepare=stand_for_nothing, threads=1))
     assert (tmp_path / "flag").exists()
