@@ -1,10 +1,12 @@
-"""Memory of an accelerator: what is free, how many windows run at a time, and what happens when it runs out."""
+"""Memory: what is free, what is given back, how many windows run at a time, and what happens when it runs out."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Collection
@@ -63,6 +65,13 @@ def on_disk(tensor: Tensor) -> Tensor:
         file.write(tensor.view(-1).view(torch.uint8).numpy())
         file.flush()
         return torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+
+
+def give_back() -> None:
+    """Return freed memory of the host to the system. The C library of Linux keeps freed tensors of less than 32 MB."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trim(0)
 
 
 def windows_at_once(devices: Collection[torch.device], window_bytes: int) -> int:

@@ -15,7 +15,7 @@ from ..models.architectures import layer_lists
 from ..models.blocks import Block
 from ..models.inputs import Batch
 from ..models.walk import Walk
-from ..runtime.memory import halving
+from ..runtime.memory import give_back, halving
 from ..runtime.turns import turn
 from .collect import Part, collect
 from .records import BlockStatistics, Statistics
@@ -61,7 +61,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
     def __getitem__(self, block: Block) -> BlockStatistics:
         if block not in self.held:
             group = self.groups[self.group_of[block]]
-            self.held.clear()  # before there is another
+            self.drop()  # before there is another
             with turn(self.model):
                 self.held = halving(lambda windows: self._capture(group, windows), self.windows)
         return self.held[block]
@@ -80,6 +80,12 @@ class InGroups(Mapping[Block, BlockStatistics]):
     def cache_key(self) -> tuple:
         """What the statistics are made from."""
         return self.model, list(self.group_of), self.key
+
+    def drop(self) -> None:
+        """Free what is in memory."""
+        if self.held:
+            self.held.clear()
+            give_back()
 
     def only(self, blocks: Collection[Block]) -> InGroups:
         """The same of some of the blocks."""
@@ -142,7 +148,7 @@ def only(statistics: Statistics, blocks: Collection[Block]) -> Statistics:
 def release(statistics: Statistics | None, later: Iterable[Block]) -> None:
     """Drop what is in memory unless one of the ``later`` blocks is in it."""
     if isinstance(statistics, InGroups) and statistics.held.keys().isdisjoint(later):
-        statistics.held.clear()
+        statistics.drop()
 
 
 def by_group(statistics: Statistics | None, blocks: Iterable[Block]) -> list[list[Block]]:

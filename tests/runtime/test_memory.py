@@ -1,13 +1,14 @@
 """How much memory statistics may take, and tensors that take none until they are read."""
 
 import gc
+import sys
 
 import psutil
 import pytest
 import torch
 
 from mlpreplace.runtime import memory
-from mlpreplace.runtime.memory import MOST_BUDGET, VARIABLE, memory_budget, on_disk
+from mlpreplace.runtime.memory import MOST_BUDGET, VARIABLE, give_back, memory_budget, on_disk
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -51,11 +52,26 @@ def test_a_tensor_on_disk_has_the_same_bits_and_leaves_no_file(dtype, results):
     assert torch.equal(found[1:], tensor[1:]) and not torch.equal(found[0], tensor[0])
 
 
-def test_a_tensor_on_disk_takes_no_memory_until_it_is_read(results):
-    def resident() -> int:
-        gc.collect()
-        return psutil.Process().memory_info().rss
+def resident() -> int:
+    gc.collect()
+    return psutil.Process().memory_info().rss
 
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take freed memory back themselves")
+def test_freed_memory_goes_back_to_the_system():
+    def tensors() -> list[torch.Tensor]:
+        return [torch.ones(2**18) for _ in range(64)]  # 1 MB each
+
+    tensors()  # from now on glibc takes such sizes from its heap
+    many = tensors()
+    pins = many[::8]  # which keep the end of the heap where it is
+    with_them = resident()
+    del many
+    give_back()
+    assert with_them - resident() > 40e6 and all(pin.all() for pin in pins)
+
+
+def test_a_tensor_on_disk_takes_no_memory_until_it_is_read(results):
     tensor = torch.ones(2**24)  # 64 MB
     with_it = resident()
     tensor = on_disk(tensor)
