@@ -24,10 +24,13 @@ def compressed(folder: Path, out: Path, budget: list[str]) -> tuple[int, float]:
     """Peak resident bytes and seconds of the command. Raises SystemExit where it fails."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "mlpreplace", "compress", str(folder), "--out", str(out), *ASKED.split(), *budget]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}.")
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            last = said.read().splitlines()[-1:]
+            raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}: {''.join(last)}")
     unit = 1 if sys.platform == "darwin" else 1024
     return usage.ru_maxrss * unit, time.perf_counter() - start
 
