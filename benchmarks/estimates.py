@@ -21,8 +21,8 @@ from mlpreplace.evaluation.sweep import SCORED_AT_ONCE_GPU
 from mlpreplace.models.blocks import Block
 from mlpreplace.planning.allocate import ATTENTION_PRICES
 from mlpreplace.planning.candidates import WIDTH_STEPS, candidate_families
-from mlpreplace.planning.damage import GRADIENTS_SHARE
-from mlpreplace.replacements import LowRank, NarrowPlusLinear
+from mlpreplace.planning.damage import GRADIENTS_SHARE, bytes_of_token
+from mlpreplace.replacements import LowRank, NarrowAttention, NarrowPlusLinear
 from mlpreplace.runtime.memory import MOST_WINDOWS, WINDOWS, memory_budget
 from mlpreplace.statistics.gradients import WINDOWS as BACKWARD_WINDOWS
 from mlpreplace.statistics.groups import grouped
@@ -111,10 +111,19 @@ class Compression:
         return max(sum(map(self.statistics.get, group)) for group in self.groups)
 
     @cached_property
+    def sensitivities(self) -> dict[Block, int]:
+        """Bytes of each block's inputs, outputs, gradients and outputs of heads on the validation text."""
+        return {block: self.validation * self.seq_len * bytes_of_token(block) for block in self.of.blocks}
+
+    @cached_property
     def priced(self) -> list[list[Block]]:
         """Blocks whose gradients are in memory at a time."""
-        each = dict.fromkeys(self.of.blocks, self.states(self.validation))
-        return grouped(self.of.blocks, each, self.budget // GRADIENTS_SHARE)
+        return grouped(self.of.blocks, self.sensitivities, int(self.budget * GRADIENTS_SHARE))
+
+    @cached_property
+    def felt(self) -> int:
+        """Bytes of the largest group of these."""
+        return max(sum(map(self.sensitivities.get, group)) for group in self.priced)
 
     @cached_property
     def capturing(self) -> int:
@@ -150,10 +159,11 @@ class Compression:
 
     @cached_property
     def refitting(self) -> int:
-        """Sums of the widest regression three times in float64, and a batch with its features in float32."""
+        """Sums of the widest regression three times in float64; features of a batch in float32, and those of validation text."""
         d, m = self.of.mlp.hidden_size, self.of.mlp.intermediate_size
         w = m - m // WIDTH_STEPS
-        return 24 * (w**2 + w * d) + WINDOWS * self.seq_len * (8 * w + 40 * d)
+        unseen = self.validation * self.seq_len * (w + d) * self.of.itemsize
+        return 24 * (w**2 + w * d) + WINDOWS * self.seq_len * (8 * w + 40 * d) + unseen
 
     def forward(self, windows: int, head: bool = False) -> float:
         """Seconds."""
@@ -177,12 +187,14 @@ class Compression:
         factors = (m**3 / 3 + 2 * m**2 * d + 13 / 3 * d**3 * ranked) / FP64 + eigen_seconds(self.of.mlp) * ranked
         fits = sum(fit_seconds(self.of.mlp, family.width) for family in linear)
         errors = tokens * (m**2 + 6 * m * d) / FP32
-        return factors + fits + errors + 12 * self.states(self.validation) / LINK
+        heads = sum(isinstance(f, NarrowAttention) and f.key_dim is None for f in families[self.of.attention])
+        narrowed = heads * (7 * self.of.attention.inner_size**3 / FP64 + 2 * tokens * d * self.of.attention.inner_size / FP32)
+        return factors + fits + errors + narrowed + 12 * self.states(self.validation) / LINK
 
 
 def steps(run: Compression) -> list[Step]:
     """What the command does, in order. The choice itself, a knapsack, takes nothing worth a line."""
-    return [loading(run), gradients(run), prices(run), choices(run), refits(run), measurement(run), saving(run)]
+    return [loading(run), effects(run), gradients(run), prices(run), choices(run), refits(run), measurement(run), saving(run)]
 
 
 def loading(run: Compression) -> Step:
@@ -192,26 +204,30 @@ def loading(run: Compression) -> Step:
     return Step("load", 0, whole if run.gpus == 1 else largest, whole / DISK + whole / HASH + whole / LINK, run.weights)
 
 
+def effects(run: Compression) -> Step:
+    """A backward pass over as much calibration as validation text. What is seen of a layer is on the host for a batch."""
+    windows = 2 * run.validation
+    host = BACKWARD_WINDOWS * run.seq_len * (bytes_of_token(run.of.mlp) + bytes_of_token(run.of.attention))
+    seconds = 3 * run.forward(windows, head=True) + windows * run.seq_len * run.of.vocabulary / DRAWS
+    return Step("effects", run.backward, host, seconds, run.weights)
+
+
 def gradients(run: Compression) -> Step:
-    """By the outputs of as many blocks at a time as a share of the budget takes, twice while batches are joined."""
-    of_group = max(map(len, run.priced)) * run.states(run.validation)
+    """By the outputs of as many blocks at a time as a share of the budget takes; one of them twice while batches are joined."""
     drawn = 8 * BACKWARD_WINDOWS * run.seq_len * run.of.vocabulary
     statistics = run.group if len(run.priced) > 1 or len(run.groups) == 1 else 0  # those of blocks that were priced, or of all
     once = 3 * run.forward(run.validation, head=True)  # forward, again, and by activations: weights are frozen
     once += run.validation * run.seq_len * run.of.vocabulary / DRAWS
-    host = run.walking + of_group + max(of_group, drawn)
+    host = run.walking + run.felt + max(*run.sensitivities.values(), drawn)
     return Step("gradients", statistics + run.backward, host, len(run.priced) * once, run.weights)
 
 
 def prices(run: Compression) -> Step:
     """Capture of a group, and the errors of its candidates on all validation tokens."""
-    states = run.states(run.validation)
-    pairs = max(1, int((run.budget // GRADIENTS_SHARE - FIT_COPIES * 2 * states) // (2 * states)))
-    held = max(map(len, run.priced))
-    host = run.walking + states * (1 + held + 2 * min(pairs, held))
+    host = run.walking + run.felt
     if len(run.groups) == 1:  # kept on disk: copies from the GPU, and the file that is made of them
         host = max(host, 2 * run.group)
-    seconds = run.pass_seconds + len(run.priced) * run.forward(run.validation) + run.of.layers * run.price_seconds
+    seconds = run.pass_seconds + run.of.layers * run.price_seconds
     return Step("capture, price", run.group + max(run.capturing, run.pricing), host, seconds, run.weights)
 
 
@@ -229,10 +245,11 @@ def choices(run: Compression) -> Step:
 def refits(run: Compression) -> Step:
     """Layer by layer: a fit, the dense layer, the compressed one, the regression. The plan's file is made in memory."""
     d, width = run.of.mlp.hidden_size, run.of.mlp.intermediate_size * run.plan / run.of.itemsize / run.of.of_kind("mlp")
-    states = run.states(run.windows)
+    windows = run.windows + run.validation
+    states = run.states(windows)
     products = 2 * run.windows * run.seq_len * (width**2 + width * d)
     each = products / FP32 + 2 * fit_seconds(run.of.mlp, width) + eigen_seconds(run.of.mlp) + 8 * states / LINK
-    seconds = run.of.layers * each + 2 * run.forward(run.windows) + run.plan / DISK
+    seconds = run.of.layers * each + 2 * run.forward(windows) + run.plan / DISK
     seconds += run.pass_seconds if len(run.groups) > 1 else 0
     gpu = run.group + max(run.capturing, run.fitting, run.refitting)
     host = max(run.walking + 3 * states, 2 * run.plan)

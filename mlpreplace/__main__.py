@@ -20,7 +20,7 @@ from .models import find_blocks, load_model
 from .planning import Healing, candidate_families, choose, heal, refit
 from .replacements import Plan, sparsity_of, spliced
 from .runtime.files import new_folder
-from .statistics import capture
+from .statistics import capture, fisher_effects, with_effects
 from .storage import export, load, save
 from .storage.card import DELTA, PLAIN, STANDALONE
 from .storage.record import check_base, read_record
@@ -135,13 +135,16 @@ def _ours(model: nn.Module, windows: Tensor, validation: Tensor, options: Namesp
     moments = ("input", "hidden", "cross") if joint or sampled else ("hidden",)
     parts = dict(validation_windows=0, sample_windows=sampled)
     stats = capture(model, blocks, windows, moments=moments, **parts, memory_budget=options.memory_budget, cached=True)
+    _say("effects of neurons and heads")
+    some = torch.cat([validation, windows[:: max(1, len(windows) // len(validation))]])
+    stats = with_effects(stats, fisher_effects(model, blocks, some, cached=True))
     _say("choose among candidates")
     joint = (
         dict(strategy="joint", candidates=candidate_families(blocks), windows=validation) if joint else dict(strategy="uniform")
     )
     chosen = choose(model, stats, options.sparsity, **joint, memory_budget=options.memory_budget)
     _say("fit, front to back")
-    return refit(model, chosen, windows, stats, cached=True).plan
+    return refit(model, chosen, windows, stats, validation=validation, cached=True).plan
 
 
 def _theirs(model: nn.Module, windows: Tensor, validation: Tensor, options: Namespace) -> Plan:

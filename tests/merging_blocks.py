@@ -8,7 +8,7 @@ import torch
 from tiny_models import batches_for, build
 
 from mlpreplace import find_blocks
-from mlpreplace.models.blocks import _parameters
+from mlpreplace.models.blocks import own_parameters
 from mlpreplace.statistics.unit_similarity import capture_units
 
 KINDS = ["llama", "gemma", "gpt2", "opt", "bert", "vit", "marian", "t5"]  # gated, with and without biases, every side
@@ -42,7 +42,7 @@ def planted(name: str, first: int = 0, **changes):
         for block in find_blocks(model):
             block.down.weight.mul_(0.2)
         for block in find_blocks(model, "attention"):
-            for parameter in _parameters(block.modules):
+            for parameter in own_parameters(block.modules):
                 parameter.mul_(0.4)
     stacks: dict[str, list] = {}
     for block in find_blocks(model):

@@ -13,7 +13,7 @@ from tiny_models import build, random_windows
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, allocate, capture
 from mlpreplace.replacements import ladder
 from mlpreplace.runtime.memory import memory_budget
-from mlpreplace.statistics.gradients import fisher_gradients
+from mlpreplace.statistics.fisher import fisher_gradients
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [str(ROOT / "benchmarks"), str(ROOT / "notebooks")]
@@ -79,7 +79,8 @@ def test_hidden_states_between_groups_take_what_is_said(model):
 def test_gradients_take_what_is_said(model):
     run = tiny(model)
     found = fisher_gradients(model, run.of.blocks, random_windows(run.validation, SEQ_LEN), progress=False)
-    assert {block: g.nbytes for block, g in found.items()} == dict.fromkeys(run.of.blocks, run.states(run.validation))
+    taken = {block: sum(t.nbytes for t in vars(seen).values() if t is not None) for block, seen in found.items()}
+    assert taken == run.sensitivities
 
 
 def test_a_plan_takes_what_is_said(model):
@@ -106,7 +107,7 @@ def test_an_8b_model_fits_one_gpu_and_a_70b_six():
 def test_memory_beside_model_and_plan_does_not_grow_with_depth():
     shallow, deep = (steps(large(layers=layers, given=20 * 10**9)) for layers in (16, 32))
     for a, b in zip(shallow, deep, strict=True):
-        if a.name == "gradients":  # these hold the inputs of all layers, of two windows
+        if a.name in ("effects", "gradients"):  # these hold the inputs of all layers, of two windows
             assert b.gpu - a.gpu == 16 * large().states(2)
         else:
             assert b.gpu == a.gpu, a.name
@@ -118,7 +119,7 @@ def test_memory_on_the_host_without_the_plan_does_not_grow_with_depth():
     shallow, deep = (large(layers=layers, given=20 * 10**9) for layers in (16, 32))
     assert shallow.walking == deep.walking and shallow.states(128) == deep.states(128)
     (host,) = (step.host for step in steps(deep) if step.name == "fit, refit")
-    assert host == max(deep.walking + 3 * deep.states(128), 2 * deep.plan)
+    assert host == max(deep.walking + 3 * deep.states(128 + 16), 2 * deep.plan)
 
 
 # Texts
@@ -158,7 +159,7 @@ def test_an_8b_model_goes_through_notebook_04_as_the_profile_says():
     run = large(given=memory_budget(re.search(r"MLPREPLACE_MEMORY_BUDGET=(\w+),", COMMENT)[1], []))
     mlps, held = run.of.of_kind("mlp") * run.of.itemsize, 5 * run.plan  # uniform, greedy, nested and its level, knapsack
     in_int8 = (run.weights + run.weights - (mlps - run.plan)) / 2
-    assert max(total(step) for step in steps(run)[:4]) + held < 80e9
+    assert max(total(step) for step in steps(run)[:5]) + held < 80e9
     assert run.weights + run.group + held + in_int8 + RESERVE < 80e9
 
 

@@ -27,7 +27,7 @@ from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.merging import merge_mlps
 from mlpreplace.methods.subfit import subfit
 from mlpreplace.models.architectures import layer_lists
-from mlpreplace.models.blocks import count_parameters
+from mlpreplace.models.parameters import count_parameters
 from mlpreplace.replacements.families import Replacement
 from mlpreplace.replacements.splice import replacements_of, sparsity_of
 from mlpreplace.replacements.whole_layers import Tuned
@@ -162,7 +162,7 @@ def test_what_is_captured_is_what_the_blocks_read_and_give(name):
         assert s.tokens == s.train.tokens == len(x) and s.validation.tokens * 4 == s.tokens
         assert_close(s.xx, x.double().T @ x.double(), rtol=1e-4, atol=1e-4)
         assert_close(s.sum_y, y.double().sum(0), rtol=1e-4, atol=1e-4)
-        assert (s.hh is not None) == block.has_neurons
+        assert (s.hh is not None) == (block.output_projection is not None)
         if block.kind == "mlp":
             given = s.train.x
             with torch.no_grad():

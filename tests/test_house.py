@@ -13,10 +13,11 @@ PACKAGE = Path(mlpreplace.__file__).parent
 HOUSE = {  # every room, left to right, and its files, top to bottom: each may import what stands before it
     "runtime": "files turns fingerprint cache memory parallel",
     "texts": "assets corpora windows",
-    "models": "architectures weights blocks layers inputs forward walk generation checkpoints gguf loading",
-    "replacements": "kv_cache records modules families hybrids nested whole_layers splice",
-    "statistics": "collect records groups weight_check moments residual_stream gradients unit_similarity",
-    "fitting": "ridge neurons features closed_form pairs state training errors fit candidate_errors",
+    "models": "stack guess architectures weights blocks parameters attention layers inputs forward walk generation checkpoints"
+    " gguf loading",
+    "replacements": "kv_cache records modules families narrow_attention hybrids nested whole_layers splice",
+    "statistics": "collect records groups weight_check accumulator moments residual_stream gradients fisher unit_similarity",
+    "fitting": "ridge neurons errors heads features closed_form pairs state training fit candidate_errors",
     "evaluation": "sweep perplexity tasks.run tasks.scores tasks speed int8 parameter_share",
     "planning": "knapsack candidates damage choice_kl search rollback allocate read_out refit objectives distil nest",
     "methods": "calibration registry layer_drop uniform allocated shortgpt uidl replaceme streamline subfit merging sliding",

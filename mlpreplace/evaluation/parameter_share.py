@@ -13,7 +13,8 @@ import yaml
 from transformers import PreTrainedModel
 
 from ..models.architectures import layer_lists
-from ..models.blocks import KINDS, count_parameters, find_blocks
+from ..models.blocks import KINDS, find_blocks
+from ..models.parameters import count_parameters
 
 PUBLISHED = Path(__file__).with_name("published_models.yaml")
 

@@ -23,6 +23,7 @@ from ..models.blocks import KINDS, find_blocks
 from ..models.forward import eval_mode
 from ..models.inputs import check_batch_size, check_windows, input_device
 from ..replacements.hybrids import CausalAttention
+from ..replacements.narrow_attention import HeadAttention
 from ..replacements.splice import bodies, replacements_of
 from .perplexity import bootstrap
 
@@ -89,14 +90,18 @@ def _weights_read(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor, float]]
             yield module, tensor, per_token / tensor.shape[0] if experts else shares.get(module, 1.0)
 
 
-def _attention_widths(model: nn.Module) -> list[int]:
-    """heads · head size of every attention in the model: the blocks that are left, and attention inside of replacements."""
+def _attention_widths(model: nn.Module) -> list[float]:
+    """heads · head size of every attention in the model: the blocks that are left, and attention inside of replacements.
+
+    Where values are narrower than keys, the mean of both.
+    """
     replacements = replacements_of(model)
     left = [block for block in find_blocks(model, "attention") if block.n_params and block.name not in replacements]
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    hybrids = [m.q.weight.shape[0] for m in model.modules() if isinstance(m, CausalAttention)]
-    return [config.num_attention_heads * head_dim] * len(left) + hybrids
+    inside = [m.q.weight.shape[0] for m in model.modules() if isinstance(m, CausalAttention)]
+    inside += [len(m.group_of) * (m.key_dim + m.value_dim) / 2 for m in model.modules() if isinstance(m, HeadAttention)]
+    return [config.num_attention_heads * head_dim] * len(left) + inside
 
 
 def ideal_speedup(dense: nn.Module, model: nn.Module, tokens: int) -> float:

@@ -17,13 +17,22 @@ from torch import Tensor
 
 from ..models.blocks import Block, block_neurons
 from ..replacements.families import Family, LowRank, NarrowMLP, Replacement
+from ..replacements.narrow_attention import NarrowAttention
 from ..statistics.moments import BlockStatistics
 from .fit import fit
+from .heads import narrowed_error
 from .neurons import ClosedForm, hidden_moment, importance
 from .ridge import add_ridge, factor, linear_map, reduced_rank
 
 Candidate = Family | Replacement  # a family at a size, fitted when it is needed; or what was fitted already
-NESTED = ("energy", "leverage", "random")  # selections whose narrower choices are part of the wider ones
+NESTED = (
+    "auto",
+    "energy",
+    "leverage",
+    "fisher",
+    "fisher_energy",
+    "random",
+)  # selections of which narrow ones are part of wide ones
 
 
 def candidate_errors(
@@ -33,25 +42,37 @@ def candidate_errors(
     x: Tensor,
     y: Tensor,
     how: ClosedForm = ClosedForm(),  # noqa: B008, it is frozen
+    *,
+    h: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(position of a candidate, its output less the block's, [windows, seq_len, hidden] in at least float32), in any order.
 
     Args:
         s: statistics of the block, on its device, that families are fitted to.
         x, y: inputs and outputs of the block, [windows, seq_len, hidden], on its device.
+        h: outputs of heads, [windows, seq_len, inner], which the errors of narrower attention are computed from.
 
-    Raises ValueError for a family without statistics, and what :func:`~mlpreplace.fitting.fit` raises.
+    Raises ValueError for a family without statistics, narrower attention without h or fitted before, and what
+    :func:`~mlpreplace.fitting.fit` raises.
     """
     if s is None and (unfitted := [c for c in candidates if isinstance(c, Family)]):
         raise ValueError(f"{block.name}: {unfitted[0]} is to be fitted, and there are no statistics: stats=capture(...).")
     narrow = {i: c.width for i, c in enumerate(candidates) if type(c) is NarrowMLP and how.selection in NESTED}
     low = {i: c.rank for i, c in enumerate(candidates) if type(c) is LowRank}
+    attending = {i: c for i, c in enumerate(candidates) if isinstance(c, NarrowAttention)}
+    if h is None and attending or any(isinstance(c, Replacement) and c.family.attends for c in candidates):
+        raise ValueError(
+            f"{block.name}: what enters the block does not tell the error of narrower attention. Price the family, before it is "
+            "fitted, by second_order_damage(model, candidates, windows, stats), or by measured_damage."
+        )
+    for i, family in attending.items():
+        yield i, narrowed_error(family, block, s, how, h)
     if narrow:
         yield from _narrow_errors(block, narrow, s, x, how)
     if low:
         yield from _low_rank_errors(block, low, s, x, y, how)
     for i, candidate in enumerate(candidates):
-        if i not in narrow and i not in low:
+        if i not in narrow and i not in low and i not in attending:
             if isinstance(candidate, Family):
                 fitted = dict(ridge=how.ridge, selection=how.selection, seed=how.seed, samples=())
                 candidate = fit(block, {block: s}, candidate, **fitted)

@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from ..models.blocks import Block
 from ..replacements.families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP
 from ..replacements.hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock, inner_mlp
+from ..replacements.narrow_attention import NarrowAttention
 from ..replacements.nested import NestedMLP
 from ..replacements.whole_layers import Removed, Tuned
 from ..statistics.moments import BlockStatistics
 from .features import cluster_statistics, feature_statistics, shallow_features, spherical_kmeans
+from .heads import narrowed
 from .neurons import ClosedForm, hidden_moment, importance, select
 from .ridge import add_ridge, centred, factor, least_squares, linear_map, reduced_rank
 
@@ -81,6 +83,13 @@ def _(family: NarrowMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> d
         mean = s.sum_h / s.tokens
         state["down.bias"] = bias.to(mean) + mean @ down - mean[kept] @ solved
     return state
+
+
+@solve.register
+def _(family: NarrowAttention, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
+    """See :func:`~mlpreplace.fitting.heads.narrowed`. Norms of heads are the block's own."""
+    norms = {name: tensor for name, tensor in family.build(block).state_dict().items() if "_norm." in name}
+    return narrowed(family, block, s, how).state() | norms
 
 
 @solve.register

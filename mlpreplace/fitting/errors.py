@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..replacements.records import Errors
 from ..statistics.moments import Sample
@@ -11,11 +11,16 @@ from ..statistics.moments import Sample
 
 def sample_errors(module: nn.Module, sample: Sample) -> Errors:
     """Output errors of a replacement on the real tokens of a sample. Raises ValueError where it holds none."""
-    if not bool(sample.mask.any()):
-        raise ValueError("A sample has no real token to measure errors on: its windows are nothing but padding.")
     sample = sample.to(next((p.device for p in module.parameters()), sample.x.device))
     with torch.inference_mode():
-        g, y = module(sample.x)[sample.mask].float(), sample.y[sample.mask].float()  # [tokens, hidden]
+        return errors_of(module(sample.x), sample)
+
+
+def errors_of(outputs: Tensor, sample: Sample) -> Errors:
+    """Errors of ``outputs`` [windows, seq_len, hidden] on the real tokens of a sample. Raises ValueError where it holds none."""
+    if not bool(sample.mask.any()):
+        raise ValueError("A sample has no real token to measure errors on: its windows are nothing but padding.")
+    g, y = outputs[sample.mask].float(), sample.y[sample.mask].float()  # [tokens, hidden]
     error = (g - y).square().sum(-1)  # [tokens]
     energy = y.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     relative = error / energy

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.blocks import Block, block_neurons
-from ..statistics.moments import BlockStatistics, Sample, gram
+from ..statistics.accumulator import gram
+from ..statistics.moments import BlockStatistics, Sample
 from .neurons import ClosedForm, select
 from .ridge import centred, linear_map, reduced_rank
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from ..statistics.groups import by_group
 from ..statistics.moments import BlockStatistics, Statistics
 from .closed_form import solve
 from .errors import sample_errors
+from .heads import narrowed_errors
 from .neurons import ClosedForm
 from .ridge import RIDGE
 from .training import Training, train
@@ -37,7 +39,7 @@ def fit(
     *,
     training: Training | None = None,
     ridge: float = RIDGE,
-    selection: str = "energy",
+    selection: str = "auto",
     seed: int = 0,
     samples: Collection[str] = SAMPLES,
     cached: bool = False,
@@ -53,7 +55,7 @@ def fit(
         family: one family, or several of equal size (to a tenth) to be ranked, as ``ladder(block, [share])`` lists them.
         training: loss, epochs, learning rate …; None for the closed form alone.
         ridge: λ relative to the mean of the Gram matrix's diagonal; keeps fits with fewer tokens than dimensions defined.
-        selection: which neurons a NarrowMLP keeps: "energy", "leverage", "obs" or "random".
+        selection: which neurons and heads are kept, see :class:`~mlpreplace.fitting.neurons.ClosedForm`.
         seed: of random features, random selection and the order of minibatches.
         samples: which errors to report, "train" (on the first 8 windows that were sampled) and "validation". Measuring them
             costs about as much as a closed form.
@@ -143,6 +145,8 @@ def _fill(
     state = solve(family, block, s.to(block.device), how)
     seconds, trained = time.perf_counter() - start, None
     if training is not None:
+        if family.attends:
+            raise ValueError(f"{block.name}: {family} reads positions, and pairs hold none: fit it, then heal it.")
         if s.train is None or s.validation is None:
             raise ValueError(f"{block.name}: training needs pairs, capture(..., sample_windows=None, validation_windows=4).")
         if family.looks_back and (s.train.left_padded or s.validation.left_padded):
@@ -157,7 +161,8 @@ def _fill(
         state = learner.state_dict()
     body.load_state_dict(state)
     pairs = {"train": s.train and s.train.head(TRAIN_WINDOWS), "validation": s.validation}
-    errors = {name: sample_errors(body, pairs[name]) if name in samples and pairs[name] else None for name in SAMPLES}
+    measured = partial(narrowed_errors, family, block, s, how) if family.attends else partial(sample_errors, body)
+    errors = {name: measured(pairs[name]) if name in samples and pairs[name] else None for name in SAMPLES}
     return FitReport(s.tokens, seconds, **errors, training=trained)
 
 

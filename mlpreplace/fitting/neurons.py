@@ -16,6 +16,7 @@ from ..models.blocks import Block
 from ..statistics.moments import BlockStatistics
 from .ridge import RIDGE, add_ridge, factor
 
+ASK = "Measure them: stats = with_effects(stats, fisher_effects(model, blocks, windows))."
 BATCHES = 16  # of an OBS selection; on the blocks of a 135M-parameter Llama 8 are as good as one neuron at a time
 
 
@@ -97,23 +98,49 @@ def _cheapest(inverse: Tensor, gram: Tensor, n: int) -> Tensor:
     return torch.tensor(order, device=gram.device)
 
 
+def _fisher(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    """Σ_t (g_tᵀ w_j h_tj)²: the KL divergence to second order, twice, of leaving a neuron out. Raises ValueError without it."""
+    if s.effect is None:
+        raise ValueError(f"{block.name}: no effects of neurons. {ASK}")
+    return s.effect.to(s.hh)
+
+
+def _fisher_energy(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    """Their geometric mean: squared output error, weighted by what the loss feels of it."""
+    return (_fisher(block, s, width, how) * output_energy(block, s)).sqrt()
+
+
 def _random(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
     return torch.rand(len(s.hh), generator=torch.Generator().manual_seed(how.seed)).to(s.hh.device)
 
 
-SELECTIONS = {"energy": _energy, "leverage": _leverage, "obs": _obs, "random": _random}
+def _auto(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    return (_energy if s.effect is None else _fisher_energy)(block, s, width, how)
+
+
+SELECTIONS = {
+    "auto": _auto,
+    "energy": _energy,
+    "leverage": _leverage,
+    "obs": _obs,
+    "fisher": _fisher,
+    "fisher_energy": _fisher_energy,
+    "random": _random,
+}
 
 
 @dataclass(frozen=True)
 class ClosedForm:
     """The choices of a closed-form fit. Raises ValueError for an unknown selection and for a negative ridge.
 
-    ``selection`` is "energy" (largest ‖h_j‖‖W_j‖), "leverage" (the neurons that the others explain least), "obs" (the least
-    squares error after removing the rest, greedily) or "random" (a control).
+    ``selection`` of neurons is "energy" (largest ‖h_j‖‖W_j‖), "leverage" (the neurons that the others explain least), "obs" (the
+    least squares error after removing the rest, greedily), "fisher" (what the loss feels most), "fisher_energy" (the geometric
+    mean of that and the energy), "random" (a control), or "auto": "fisher_energy" where effects were measured, else "energy".
+    Heads are ranked by all of these but "leverage" and "obs".
     """
 
     ridge: float = RIDGE  # λ, relative to the mean of the Gram matrix's diagonal
-    selection: str = "energy"  # which neurons are kept
+    selection: str = "auto"  # which neurons and heads are kept
     seed: int = 0  # of random features and of random selection
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from ..replacements.splice import Plan
 from .calibration import Calibration
 from .registry import Needs, method
 
-CANDIDATES = Needs(moments={"mlp": ["input", "hidden"], "attention": ["input"]})  # NarrowMLP and LowRank are fitted to these
+CANDIDATES = Needs(moments=dict.fromkeys(("mlp", "attention"), ["input", "hidden"]))  # what most families are fitted to
 
 
 @method("allocated", title="joint allocation", removes="widths and ranks of MLPs, some attention", needs=CANDIDATES)

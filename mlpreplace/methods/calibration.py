@@ -7,8 +7,8 @@ from numbers import Real
 
 from torch import Tensor, nn
 
-from ..models.blocks import block_parameters
 from ..models.layers import layer_parameters
+from ..models.parameters import block_parameters
 from ..planning.candidates import Candidates
 from ..planning.knapsack import Damages
 from ..statistics.groups import only

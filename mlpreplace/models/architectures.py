@@ -7,70 +7,39 @@ the language model inside. A type that is not registered is guessed from the str
 
 from __future__ import annotations
 
-import copy
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from itertools import permutations, product
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.pytorch_utils import Conv1D
 
-LINEAR = (nn.Linear, Conv1D, FalconLinear)  # their forward is x Wᵀ + b of their own weight and bias
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One list of layers, and the paths of the blocks within a layer.
-
-    ``up``, ``down``, ``gate`` and ``activation`` locate the neurons of an MLP down(act(up x)) or down(act(gate x) ⊙ up x).
-    Where ``gate`` and ``up`` are one module, its first half of outputs is the gate (Phi-3). Without them the block can be
-    replaced but not narrowed.
-
-    Raises ValueError where some of ``up``, ``down`` and ``activation`` are given and others are not.
-    """
-
-    layers: str  # path of the list, or its end
-    mlp: tuple[str, ...]  # the MLP module; its modules from first to last where it is no module (OPT, BERT, BART)
-    attention: tuple[
-        str | tuple[str, ...], ...
-    ]  # blocks, each a path or paths from first to last (BERT); two with cross-attention
-    up: str | None = None
-    down: str | None = None
-    gate: str | None = None
-    activation: str | None = None
-
-    def __post_init__(self) -> None:
-        if len({path is None for path in (self.up, self.down, self.activation)}) > 1 or (self.gate and not self.up):
-            raise ValueError(f"Neurons need up, down and activation together, with or without gate; got {self}.")
-
-    @classmethod
-    def from_dict(cls, fields: dict) -> Stack:
-        """The inverse of ``dataclasses.asdict``, also after json, which makes lists of tuples."""
-        groups = (group if isinstance(group, str) else tuple(group) for group in fields["attention"])
-        return cls(**fields | {"mlp": tuple(fields["mlp"]), "attention": tuple(groups)})
-
+from .guess import guess
+from .stack import SAY_WHERE, Heads, Stack, module_lists, named
 
 Architecture = tuple[Stack, ...]
 
 
-def _ungated(layers: str, attention: str, mlp: str, up: str, down: str, activation: str) -> Architecture:
-    return (Stack(layers, (mlp,), (attention,), f"{mlp}.{up}", f"{mlp}.{down}", None, f"{mlp}.{activation}"),)
+def _heads(attention: str, *names: str, **options) -> Heads:
+    """Four ``names`` are those of query, key, value and output; two are those of a fused projection and of output."""
+    names = names if len(names) == 4 else (names[0],) * 3 + names[1:]
+    return Heads(*(f"{attention}.{name}" for name in names), **options)
 
 
-def _fc(layers: str, *attention: str) -> Stack:
-    return Stack(layers, ("fc1", "activation_fn", "fc2"), attention, "fc1", "fc2", None, "activation_fn")
+def _ungated(layers: str, attention: str, mlp: str, up: str, down: str, activation: str, heads: Heads) -> Architecture:
+    return (Stack(layers, (mlp,), (attention,), f"{mlp}.{up}", f"{mlp}.{down}", None, f"{mlp}.{activation}", heads),)
+
+
+def _fc(layers: str, *attention: str, heads: Heads | None = None) -> Stack:
+    return Stack(layers, ("fc1", "activation_fn", "fc2"), attention, "fc1", "fc2", None, "activation_fn", heads)
 
 
 def _bert() -> Architecture:
     up, activation, down = "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense"
     attention = ("attention.self", "attention.output.dense")  # "attention" also adds the residual and normalises
-    return (Stack("encoder.layer", (up, activation, down), (attention,), up, down, None, activation),)
+    heads = _heads("attention", "self.query", "self.key", "self.value", "output.dense")
+    return (Stack("encoder.layer", (up, activation, down), (attention,), up, down, None, activation, heads),)
 
 
 def _t5(config: PreTrainedConfig) -> Architecture:
@@ -85,21 +54,56 @@ def _t5(config: PreTrainedConfig) -> Architecture:
     )
 
 
-_GATED = (Stack("layers", ("mlp",), ("self_attn",), "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", "mlp.act_fn"),)
-_FUSED = (("mlp",), ("self_attn",), "mlp.gate_up_proj", "mlp.down_proj", "mlp.gate_up_proj", "mlp.activation_fn")
-_GATED_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2", "gemma3_text")
+def _falcon(config: PreTrainedConfig) -> Architecture:
+    heads = None if config.alibi else _heads("self_attention", "query_key_value", "dense", layout="grouped")
+    return _ungated("h", "self_attention", "mlp", "dense_h_to_4h", "dense_4h_to_h", "act", heads)
+
+
+def _gpt2(config: PreTrainedConfig) -> Architecture:
+    heads = None if config.reorder_and_upcast_attn else _heads("attn", "c_attn", "c_proj", layout="stacked")
+    return _ungated("h", "attn", "mlp", "c_fc", "c_proj", "act", heads)
+
+
+def _gated(heads: Heads) -> Architecture:
+    return (Stack("layers", ("mlp",), ("self_attn",), "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj", "mlp.act_fn", heads),)
+
+
+def _fused(heads: Heads | None, layers: str = "layers") -> Architecture:
+    gate_and_up = "mlp.gate_up_proj"
+    return (Stack(layers, ("mlp",), ("self_attn",), gate_and_up, "mlp.down_proj", gate_and_up, "mlp.activation_fn", heads),)
+
+
+_QKVO = _heads("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
+_NORMED = replace(_QKVO, norms=("self_attn.q_norm", "self_attn.k_norm"))
+_QKV = _heads("self_attn", "qkv_proj", "o_proj", layout="stacked")
+_VIT = _heads("attention", "q_proj", "k_proj", "v_proj", "o_proj")
 ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
-    **dict.fromkeys(_GATED_TYPES, _GATED),
-    **dict.fromkeys(("phi3", "glm", "glm4", "glm4v_text"), (Stack("layers", *_FUSED),)),
-    "phi4_multimodal": (Stack("model.layers", *_FUSED),),  # its encoders of images and sounds have lists of layers, too
-    "gpt2": _ungated("h", "attn", "mlp", "c_fc", "c_proj", "act"),
-    "gpt_neox": _ungated("layers", "attention", "mlp", "dense_h_to_4h", "dense_4h_to_h", "act"),
-    "falcon": _ungated("h", "self_attention", "mlp", "dense_h_to_4h", "dense_4h_to_h", "act"),
-    "phi": _ungated("layers", "self_attn", "mlp", "fc1", "fc2", "activation_fn"),
-    "opt": (_fc("layers", "self_attn"),),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "gemma"), _gated(_QKVO)),
+    **dict.fromkeys(("qwen3", "qwen3_moe", "gemma3_text"), _gated(_NORMED)),
+    "gemma2": _gated(replace(_QKVO, softcap="attn_logit_softcapping")),
+    "phi3": _fused(_QKV),
+    **dict.fromkeys(("glm", "glm4"), _fused(_QKVO)),
+    "glm4v_text": _fused(None),  # its positions have three axes
+    "phi4_multimodal": _fused(_QKV, "model.layers"),  # its encoders of images and sounds have lists of layers, too
+    "gpt2": _gpt2,
+    "gpt_neox": _ungated(
+        *("layers", "attention", "mlp", "dense_h_to_4h", "dense_4h_to_h", "act"),
+        _heads("attention", "query_key_value", "dense", layout="grouped"),
+    ),
+    "falcon": _falcon,
+    "phi": _ungated(
+        *("layers", "self_attn", "mlp", "fc1", "fc2", "activation_fn"),
+        replace(
+            _heads("self_attn", "q_proj", "k_proj", "v_proj", "dense"), norms=("self_attn.q_layernorm", "self_attn.k_layernorm")
+        ),
+    ),
+    "opt": (_fc("layers", "self_attn", heads=_heads("self_attn", "q_proj", "k_proj", "v_proj", "out_proj")),),
     **dict.fromkeys(("bert", "roberta"), _bert()),
-    "distilbert": _ungated("transformer.layer", "attention", "ffn", "lin1", "lin2", "activation"),
-    **dict.fromkeys(("vit", "deit"), _ungated("layers", "attention", "mlp", "fc1", "fc2", "activation_fn")),
+    "distilbert": _ungated(
+        *("transformer.layer", "attention", "ffn", "lin1", "lin2", "activation"),
+        _heads("attention", "q_lin", "k_lin", "v_lin", "out_lin"),
+    ),
+    **dict.fromkeys(("vit", "deit"), _ungated("layers", "attention", "mlp", "fc1", "fc2", "activation_fn", _VIT)),
     "t5": _t5,
     **dict.fromkeys(("bart", "marian"), (_fc("encoder.layers", "self_attn"), _fc("decoder.layers", "self_attn", "encoder_attn"))),
 }
@@ -134,8 +138,6 @@ def _register_all(architectures: dict[str, Architecture | Callable[[PreTrainedCo
 
 # Layers and modules of a model in hand
 
-SAY_WHERE = "Say where its blocks are: mlpreplace.register_architecture({!r}, Stack(...))."
-
 
 def _language_model(model: nn.Module) -> tuple[str, nn.Module]:
     """(path, module) of the model that holds the layers: ``model`` itself, or the language model inside."""
@@ -155,7 +157,7 @@ def _architecture(model: nn.Module) -> Architecture:
     """The registered architecture of ``model``. One that was guessed is registered: a spliced model has lost the structure."""
     model_type = type_of(model) if hasattr(model, "config") else None
     if model_type not in ARCHITECTURES:
-        stack = _guess(model, model_type)
+        stack = guess(model, _language_model(model)[1] if model_type else model, model_type, ARCHITECTURES)
         warnings.warn(
             f"{model_type!r} ({type(model).__name__}) is no registered architecture. Its blocks were guessed from its structure: "
             f"{stack}. Check that; register_architecture({model_type!r}, {stack}) says the same without this warning.",
@@ -173,27 +175,18 @@ def layer_lists(model: nn.Module) -> list[tuple[Stack, str, nn.ModuleList]]:
     """
     stacks = _architecture(model)
     inner_path, inner = _language_model(model)
-    lists = _module_lists(inner, inner_path)
+    lists = module_lists(inner, inner_path)
     found = []
     for stack in stacks:
-        named = [path for path in lists if f".{path}".endswith(f".{stack.layers}")]
-        if len(named) != 1:
-            apart = " A longer path tells them apart." if named else ""
+        found_at = [path for path in lists if f".{path}".endswith(f".{stack.layers}")]
+        if len(found_at) != 1:
+            apart = " A longer path tells them apart." if found_at else ""
             raise ValueError(
                 f"{type(model).__name__} ({inner.config.model_type!r}) should hold one module list named {stack.layers!r}, found "
-                f"{len(named)} among {_named(lists)}.{apart} " + SAY_WHERE.format(inner.config.model_type)
+                f"{len(found_at)} among {named(lists)}.{apart} " + SAY_WHERE.format(inner.config.model_type)
             )
-        found.append((stack, named[0], lists[named[0]]))
+        found.append((stack, found_at[0], lists[found_at[0]]))
     return found
-
-
-def _module_lists(model: nn.Module, prefix: str = "") -> dict[str, nn.ModuleList]:
-    return {path: m for path, m in model.named_modules(prefix=prefix) if isinstance(m, nn.ModuleList)}
-
-
-def _named(lists: Iterable[str]) -> str:
-    """Paths of module lists in print; equal paths in all layers are one, "model.layers.*.experts"."""
-    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", path) for path in lists)) or "none"
 
 
 def submodule(host: nn.Module, path: str, where: str, model_type: str) -> nn.Module:
@@ -206,95 +199,3 @@ def submodule(host: nn.Module, path: str, where: str, model_type: str) -> nn.Mod
             f"{where} ({type(host).__name__}) has no {path!r}, where {model_type!r} should have it; it holds {', '.join(held)}. "
             + SAY_WHERE.format(model_type)
         ) from None
-
-
-# Guessing an architecture that is not registered
-
-
-def _guess(model: nn.Module, model_type: str | None) -> Stack:
-    """The one list of layers with one attention module and one MLP each. Raises ValueError unless there is exactly one."""
-    inner = _language_model(model)[1] if model_type else model
-    lists = _module_lists(inner)
-    stacks = [stack for path, layers in lists.items() if (stack := _stack(inner, path, layers))]
-    if model_type is None or len(stacks) != 1:
-        raise ValueError(
-            f"Unknown architecture {model_type!r} ({type(model).__name__}). Known: {', '.join(sorted(ARCHITECTURES))}. "
-            "Its structure does not tell either: that takes one list of layers, each with one attention module and one MLP of two"
-            f" or three linear layers, found {len(stacks)} among {_named(lists)}. " + SAY_WHERE.format(model_type)
-        )
-    return stacks[0]
-
-
-def _stack(model: nn.Module, path: str, layers: nn.ModuleList) -> Stack | None:
-    """The stack of ``layers``, or None where they are not layers of one attention module and one MLP each."""
-    match list({(tuple(_children(layer, _is_attention)), tuple(_children(layer, _is_mlp))) for layer in layers}):
-        case [((attention,), (mlp,))]:
-            roles = _guess_neurons(layers[0].get_submodule(mlp), model.config.get_text_config().hidden_size)
-            if roles is not None:
-                within_base = path.removeprefix(f"{model.base_model_prefix}.")
-                return Stack(within_base, (mlp,), (attention,), **{role: f"{mlp}.{name}" for role, name in roles.items()})
-    return None
-
-
-def _children(layer: nn.Module, is_one: Callable[[nn.Module], bool]) -> Iterator[str]:
-    return (name for name, child in layer.named_children() if is_one(child))
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return any(word in type(module).__name__.lower() for word in ("attention", "attn"))
-
-
-def _is_mlp(module: nn.Module) -> bool:
-    return not _is_attention(module) and len(list(_children(module, _is_linear))) in (2, 3)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, LINEAR)
-
-
-@torch.no_grad()
-def _guess_neurons(mlp: nn.Module, hidden_size: int) -> dict[str, str] | None:
-    """{role: child} for which down(act(up x)) or down(act(gate x) ⊙ up x) is the output of ``mlp``; {} where there are none.
-
-    All assignments are tried on random tokens, since names are not reliable. None where the module does not map hidden states
-    [..., hidden] alone, or has no weights to try (meta device). An activation with weights makes no neurons.
-    """
-    weight = next(mlp.parameters())
-    if weight.is_meta:
-        return None
-    # large inputs, for which the activation is not linear
-    x = 4 * torch.randn(1, 16, hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
-    linear = list(_children(mlp, _is_linear))
-    others = [n for n, m in mlp.named_children() if n not in linear and next(m.parameters(), None) is None]
-    mlp = copy.deepcopy(mlp).eval()
-    y = _output(mlp, x)
-    if y is None or y.shape != x.shape:
-        return None
-    errors = {}
-    fused = [(a, b, a) for a, b in permutations(linear)] if len(linear) == 2 else []
-    for activation, names in product(others, [*permutations(linear), *fused]):
-        roles = dict(zip(("up", "down", "gate"), names, strict=False)) | {"activation": activation}
-        composed = _output(_composed(**{role: mlp.get_submodule(name) for role, name in roles.items()}), x)
-        if composed is not None and composed.shape == y.shape:
-            errors[(composed - y).norm().item()] = roles
-    return errors[min(errors)] if errors and min(errors) < 1e-2 * y.norm() else {}
-
-
-def _composed(up: nn.Module, down: nn.Module, activation: nn.Module, gate: nn.Module | None = None):
-    def output(x: Tensor) -> Tensor:
-        if gate is up:
-            a, b = up(x).chunk(2, -1)
-        else:
-            a, b = (up(x), 1) if gate is None else (gate(x), up(x))
-        return down(activation(a) * b)
-
-    return output
-
-
-def _output(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
-    """``function(x)`` where that is a tensor; None where it is not, and where ``function`` takes other arguments."""
-    try:
-        y = function(x)
-    except (TypeError, RuntimeError):
-        return None
-    return y if isinstance(y, Tensor) else None

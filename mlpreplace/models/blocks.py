@@ -12,8 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..runtime.turns import turn
-from .architectures import Stack, layer_lists, submodule, type_of
-from .weights import Inserted, MLPWeights, check_linear, check_plain, check_unquantized, check_unshared, weight_bias
+from .architectures import layer_lists, submodule, type_of
+from .stack import Heads, Stack
+from .weights import (
+    Inserted,
+    MLPWeights,
+    check_linear,
+    check_plain,
+    check_unquantized,
+    check_unshared,
+    unlike_linear,
+    weight_bias,
+)
 
 KINDS = ("mlp", "attention")
 ROLES = ("up", "down", "gate", "activation")  # of the modules that make the neurons of an MLP
@@ -41,11 +51,12 @@ class Block:
     down: nn.Module | None = field(default=None, compare=False, repr=False)
     gate: nn.Module | None = field(default=None, compare=False, repr=False)
     activation: nn.Module | None = field(default=None, compare=False, repr=False)
+    heads: Heads | None = field(default=None, compare=False, repr=False)  # projections of attention, if known and linear layers
 
     def cache_key(self) -> tuple:
         """Its name, and where its architecture finds its modules."""
         names = {module: name for name, module in self.host.named_modules()}
-        return self.name, self.kind, self.paths, [names.get(getattr(self, role)) for role in ROLES]
+        return self.name, self.kind, self.paths, [names.get(getattr(self, role)) for role in ROLES], self.heads
 
     @property
     def has_neurons(self) -> bool:
@@ -68,6 +79,16 @@ class Block:
         return self.opaque and any(_is_mixture(module) for module in self.modules)
 
     @property
+    def output_projection(self) -> nn.Module | None:
+        """The linear layer whose inputs are neurons, or the outputs of heads; None where it is not known."""
+        return self.down if self.heads is None else self.host.get_submodule(self.heads.output)
+
+    @property
+    def inner_size(self) -> int:
+        """Width of what enters the output projection; 0 where that is not known."""
+        return 0 if self.output_projection is None else weight_bias(self.output_projection)[0].shape[1]
+
+    @property
     def intermediate_size(self) -> int:
         self._require_neurons(": it has no neurons of its own, and no intermediate size")
         return weight_bias(self.down)[0].shape[1]
@@ -75,7 +96,7 @@ class Block:
     @property
     def dtype(self) -> torch.dtype:
         """The widest precision of its parameters, norms left out where there are others."""
-        chosen = _parameters(self.modules), _all(self.modules), _all([self.host])
+        chosen = own_parameters(self.modules), _all(self.modules), _all([self.host])
         return next(filter(None, map(_widest, chosen)), torch.get_default_dtype())
 
     @property
@@ -148,7 +169,7 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
             places.
     """
     with turn(model):  # another thread may have other modules in place
-        blocks = _located(model, kind)
+        blocks = located(model, kind)
         for block in blocks:
             _check_projections(block, type_of(model))
         check_unshared(model, [path for block in blocks for path in block.paths])
@@ -163,7 +184,7 @@ def listed(blocks: Iterable[Block]) -> list[Block]:
     return found
 
 
-def _located(model: nn.Module, kind: str) -> list[Block]:
+def located(model: nn.Module, kind: str) -> list[Block]:
     """All blocks of one kind. Raises ValueError where their parameters are not what they weigh."""
     if kind not in KINDS:
         raise ValueError(f"Unknown kind of block {kind!r}; expected one of {KINDS}.")
@@ -180,12 +201,14 @@ def _located(model: nn.Module, kind: str) -> list[Block]:
                 for path_of_module, module in zip(paths, modules, strict=True):
                     check_plain(module, path_of_module)
                 neurons = _neurons(stack, host, modules, where, config.model_type) if kind == "mlp" else {}
+                heads = _heads(stack, host, modules) if kind == "attention" else None
                 sizes = dict(
-                    n_params=sum(p.numel() for p in _parameters(modules)),
+                    n_params=sum(p.numel() for p in own_parameters(modules)),
                     n_active_params=_n_active(modules, getattr(config, "num_experts_per_tok", None)),
                     hidden_size=config.hidden_size,
                 )
-                blocks.append(Block(paths[0], kind, index, path, **sizes, paths=paths, modules=modules, host=host, **neurons))
+                inside = dict(paths=paths, modules=modules, host=host, heads=heads, **neurons)
+                blocks.append(Block(paths[0], kind, index, path, **sizes, **inside))
     return blocks
 
 
@@ -196,6 +219,15 @@ def _neurons(stack: Stack, host: nn.Module, modules: tuple[nn.Module, ...], wher
         return {}
     neurons = {role: submodule(host, path, where, model_type) for role, path in paths.items()}
     return {} if any(isinstance(module, Inserted) for module in neurons.values()) else neurons
+
+
+def _heads(stack: Stack, host: nn.Module, modules: tuple[nn.Module, ...]) -> Heads | None:
+    """Where the projections of attention are; None where they are not there, or are no plain linear layers."""
+    heads = stack.heads
+    if heads is None or isinstance(modules[0], Inserted):
+        return None
+    paths = heads.query, heads.key, heads.value, heads.output
+    return heads if _all_there(host, paths) and not any(unlike_linear(host.get_submodule(p)) for p in paths) else None
 
 
 def _all_there(host: nn.Module, paths: Iterable[str]) -> bool:
@@ -231,36 +263,7 @@ def evenly(blocks: Sequence[Block], most: int) -> list[Block]:
     return list(blocks[:: max(1, -(-len(blocks) // most))])
 
 
-# Parameters
-
-
-def block_parameters(model: nn.Module) -> int:
-    """Parameters of all attention and MLP blocks: what sparsity is a share of."""
-    with turn(model):
-        return _count(_parameters(_modules(model, *KINDS)), set())
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters by part: mlp, attention, embedding (with positions), head (untied), other; and total.
-
-    Tied parameters count once: a head tied to the embedding, MLPs that were merged.
-    """
-    seen: set[int] = set()
-    parts = {kind: _count(_parameters(_modules(model, kind)), seen) for kind in KINDS}
-    # the position bias of T5 is an Embedding inside an attention block, and was counted there
-    embedding = _count((module.weight for module in model.modules() if isinstance(module, nn.Embedding)), seen)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    untied = 0 if head is None else _count([head.weight], seen)
-    total = sum(p.numel() for p in model.parameters())  # parameters() yields a tied tensor once
-    other = total - sum(parts.values()) - embedding - untied
-    return {**parts, "embedding": embedding, "head": untied, "other": other, "total": total}
-
-
-def _modules(model: nn.Module, *kinds: str) -> tuple[nn.Module, ...]:
-    return tuple(module for kind in kinds for block in _located(model, kind) for module in block.modules)
-
-
-def _parameters(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+def own_parameters(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Parameters of ``modules`` except those of norms."""
     for module in modules:
         for child in module.modules():
@@ -268,18 +271,11 @@ def _parameters(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
                 yield from child.parameters(recurse=False)
 
 
-def _count(parameters: Iterable[Tensor], seen: set[int]) -> int:
-    """Size of those ``parameters`` that are not in ``seen``, to which they are added."""
-    new = {id(p): p.numel() for p in parameters if id(p) not in seen}
-    seen.update(new)
-    return sum(new.values())
-
-
 def _n_active(modules: Iterable[nn.Module], experts: int | None) -> int:
     """Parameters that one token uses, where each token goes through so many ``experts``."""
     return sum(
         p.numel() * experts // p.shape[0] if p.dim() == 3 and experts else p.numel()  # experts: [expert, out, in]
-        for p in _parameters(modules)
+        for p in own_parameters(modules)
     )
 
 

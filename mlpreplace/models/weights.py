@@ -15,7 +15,7 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import LINEAR
+from .stack import LINEAR
 
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)  # several weights in one number, or one in few bits

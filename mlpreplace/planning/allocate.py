@@ -14,9 +14,10 @@ from numbers import Real
 
 from torch import Tensor, nn
 
-from ..models.blocks import Block, block_parameters
+from ..models.blocks import Block
 from ..models.forward import check_gradients
 from ..models.inputs import check_windows
+from ..models.parameters import block_parameters
 from ..replacements.families import Family, LowRank, NarrowMLP, TwoLayerMLP
 from ..replacements.splice import Plan
 from ..statistics.moments import Statistics
@@ -213,6 +214,9 @@ def allocate(
         return fitted_plan(stats, chosen, cached=cached, progress=False)
     _target(model, sparsity, strategy, windows)
     candidates = _narrow(stats) if candidates is None else candidates
+    if damages is None:  # of families: what attends is priced before it is fitted
+        of_prices = dict(memory_budget=memory_budget, cached=cached, progress=progress)
+        options["damages"] = second_order_damage(model, candidates, windows, stats, **of_prices)
     wanted = {(b, i): c for b, of_block in candidates.items() for i, c in enumerate(of_block)}
     every = fitted_to(stats, wanted, samples=(), cached=cached)
     candidates = {b: [every[b, i] for i in range(len(of_block))] for b, of_block in candidates.items()}

@@ -8,6 +8,7 @@ from ..fitting.candidate_errors import Candidate
 from ..fitting.fit import fit
 from ..models.blocks import Block
 from ..replacements.families import Family, LowRank, Mean, NarrowMLP, NarrowPlusLinear, Replacement, ladder
+from ..replacements.narrow_attention import NarrowAttention
 from ..replacements.splice import Plan
 from ..statistics.groups import by_group
 from ..statistics.records import Statistics
@@ -36,7 +37,8 @@ def candidate_families(
 ) -> dict[Block, list[Family]]:
     """Families for every one of ``blocks``: {block: [family at a size]}. Nothing is fitted.
 
-    MLP blocks get NarrowMLPs of evenly spaced widths, then NarrowPlusLinears. Attention blocks get a Mean, then LowRanks.
+    MLP blocks get NarrowMLPs of evenly spaced widths, then NarrowPlusLinears. Attention blocks get a Mean, then LowRanks, then,
+    where their heads are known, all :meth:`~mlpreplace.replacements.NarrowAttention.sizes`.
 
     Args:
         width_steps: see :func:`narrow_widths`.
@@ -46,7 +48,8 @@ def candidate_families(
     def of(block: Block) -> list[Family]:
         if block.kind == "mlp":
             return narrow_widths(block, width_steps) + ladder(block, linear_sizes, [NarrowPlusLinear])
-        return [Mean(), *ladder(block, attention_sizes, [LowRank])]
+        narrow = [] if block.heads is None else NarrowAttention.sizes(block)
+        return [Mean(), *ladder(block, attention_sizes, [LowRank]), *narrow]
 
     return {block: of(block) for block in blocks}
 

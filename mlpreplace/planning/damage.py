@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..evaluation.perplexity import compare
 from ..fitting.candidate_errors import Candidate, candidate_errors
+from ..fitting.heads import units_left_out
+from ..fitting.neurons import ClosedForm
 from ..models.architectures import known_here
+from ..models.attention import attention_weights, key_units
 from ..models.blocks import Block
 from ..models.inputs import check_windows
 from ..replacements.families import Family, Replacement
+from ..replacements.narrow_attention import NarrowAttention
 from ..runtime.cache import cached
 from ..runtime.memory import memory_budget as memory_budget_of
 from ..runtime.parallel import elsewhere, spread
-from ..statistics.gradients import fisher_gradients
+from ..statistics.fisher import Sensitivity, fisher_gradients
 from ..statistics.groups import by_group, grouped
-from ..statistics.moments import BlockStatistics, Sample, Statistics, capture
+from ..statistics.moments import BlockStatistics, Statistics
 from .candidates import Candidates, fitted_to
 from .knapsack import Damages
 
 ASK = "Use capture(..., validation_windows=4) or more."
-GRADIENTS_SHARE = 3  # of the memory budget that gradients may take beside the statistics; inputs and outputs may take as much
+GRADIENTS_SHARE = 2 / 3  # of the memory budget that inputs, outputs and gradients may take beside the statistics
 
 
 @cached("local")
@@ -57,9 +62,14 @@ def _local(block: Block, families: Sequence[Family], stats: Statistics | None) -
     s = stats[block].to(block.device)
     if s.validation is None:
         raise ValueError(f"{block.name}: no validation error to allocate by. {ASK}")
+    if scored := next((f for f in families if isinstance(f, NarrowAttention) and f.key_dim is not None), None):
+        raise ValueError(
+            f"{block.name}: validation samples do not tell what {scored} changes in the scores. Price it by second_order_damage "
+            "(windows= of allocate), or leave sizes with key_dim out."
+        )
     sample = s.validation.to(block.device)
     with torch.no_grad():
-        for i, error in candidate_errors(block, families, s, sample.x, sample.y):
+        for i, error in candidate_errors(block, families, s, sample.x, sample.y, h=sample.h):
             yield i, (error.square().sum(-1) / sample.residual_energy)[sample.mask].mean().item()
 
 
@@ -78,9 +88,8 @@ def second_order_damage(
     """KL divergence to the dense model, nats per predicted token, to second order in a candidate's error e: ½ E (gᵀe)².
 
     g is the gradient of −log p(next tokens) by the block's output, see :func:`~mlpreplace.statistics.fisher_gradients`. Products
-    of two tokens' errors are left out. One forward and backward pass over ``windows`` prices every candidate; a second forward
-    pass gives what the blocks read. Families are fitted to one block at a time, priced and dropped; those whose sizes share a
-    factorisation are priced without a fit.
+    of two tokens' errors are left out. One forward and backward pass over ``windows`` prices every candidate. Families are fitted
+    to one block at a time, priced and dropped; those whose sizes share a factorisation are priced without a fit.
 
     Args:
         stats: what families among ``candidates`` are fitted to.
@@ -94,20 +103,28 @@ def second_order_damage(
     """
     check_windows(windows, model, least=2)
     budget = memory_budget_of(memory_budget, {block.device for block in candidates})
-    sizes = {block: windows.numel() * block.hidden_size * block.dtype.itemsize for block in candidates}
+    sizes = {block: windows.numel() * bytes_of_token(block) for block in candidates}
     damages, predicted = {}, windows.shape[0] * (windows.shape[1] - 1)
-    options = dict(batch_size=batch_size, progress=progress)
-    for some in grouped(candidates, sizes, budget // GRADIENTS_SHARE):  # a backward pass each
-        g = fisher_gradients(model, some, windows, seed=seed, **options)
-        alone = dict(moments=(), validation_windows=0, sample_windows=None, memory_budget=budget // GRADIENTS_SHARE)
-        pairs = capture(model, some, windows, **alone, **options)
-        for group in (part for of_stats in by_group(stats, some) for part in by_group(pairs, of_stats)):
-            jobs = [(block, candidates[block], _of(stats, block), pairs[block].train, g.pop(block)) for block in group]
+    for some in grouped(candidates, sizes, int(budget * GRADIENTS_SHARE)):  # a backward pass each
+        seen = fisher_gradients(model, some, windows, seed=seed, batch_size=batch_size, progress=progress)
+        for group in by_group(stats, some):
+            jobs = [(block, candidates[block], _of(stats, block), seen.pop(block)) for block in group]
             prices = spread(_second_order, jobs, prepare=known_here(), threads=torch.get_num_threads(), n_jobs=_at_a_time())
             for block, totals in zip(group, prices, strict=True):
                 damages[block] = [total / predicted for total in totals]
             del jobs, prices  # and with them statistics, before the next ones are captured
     return {block: damages[block] for block in candidates}
+
+
+def bytes_of_token(block: Block) -> int:
+    """Bytes of a block's input, output, gradient, outputs of heads, and what is felt of its queries and keys."""
+    whole = 3 * block.hidden_size * block.dtype.itemsize
+    if block.heads is None:
+        return whole
+    whole += block.inner_size * block.dtype.itemsize
+    if (units := key_units(block)) is None:
+        return whole
+    return whole + len(attention_weights(block).key) * len(units) * torch.promote_types(block.dtype, torch.float32).itemsize
 
 
 def _of(stats: Statistics | None, block: Block) -> BlockStatistics | None:
@@ -120,15 +137,34 @@ def _at_a_time() -> int | None:
 
 
 @torch.no_grad()
-def _second_order(
-    block: Block, candidates: Sequence[Candidate], s: BlockStatistics | None, pairs: Sample, gradients: Tensor
-) -> list[float]:
+def _second_order(block: Block, candidates: Sequence[Candidate], s: BlockStatistics | None, seen: Sensitivity) -> list[float]:
     """½ Σ (gᵀe)² of each candidate, summed over tokens."""
-    totals = [0.0] * len(candidates)
-    x, y, g = (t.to(block.device) for t in (pairs.x, pairs.y, gradients))  # [windows, seq_len, hidden]
-    for i, error in candidate_errors(block, candidates, None if s is None else s.to(block.device), x, y):
-        totals[i] = 0.5 * (error * g.to(error)).sum(-1).double().square().sum().item()
+    totals, s = [0.0] * len(candidates), None if s is None else s.to(block.device)
+    x, y, g = (t.to(block.device) for t in (seen.x, seen.y, seen.gradient))  # [windows, seq_len, hidden]
+    h = None if seen.h is None else seen.h.to(block.device)
+    sharing: dict[Candidate, list[int]] = {}  # {candidate: those of its error, but for narrower queries and keys}
+    for i, c in enumerate(candidates):
+        sharing.setdefault(replace(c, key_dim=None) if isinstance(c, NarrowAttention) else c, []).append(i)
+    of_keys, places = _felt_of_keys(block, candidates, s, seen), list(sharing.values())
+    for n, error in candidate_errors(block, list(sharing), s, x, y, h=h):
+        felt = (error * g.to(error)).sum(-1).double()
+        for i in places[n]:
+            totals[i] = 0.5 * (felt - of_keys.get(i, 0)).square().sum().item()
     return totals
+
+
+def _felt_of_keys(
+    block: Block, candidates: Sequence[Candidate], s: BlockStatistics | None, seen: Sensitivity
+) -> dict[int, Tensor]:
+    """{position of a candidate with narrower queries and keys: what the loss feels of what it leaves out of them, [windows,
+    seq_len]}
+    """
+    narrower = {i: c for i, c in enumerate(candidates) if isinstance(c, NarrowAttention) and c.key_dim is not None}
+    if not narrower:
+        return {}
+    felt = seen.keys.to(block.device, torch.float64)  # [windows, seq_len, groups · units]
+    left_out = units_left_out(list(narrower.values()), block, s, ClosedForm())
+    return {i: felt @ units.flatten().to(felt) for i, units in zip(narrower, left_out, strict=True)}
 
 
 def measured_damage(

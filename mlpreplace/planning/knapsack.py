@@ -39,6 +39,15 @@ def _hull(savings: Sequence[int], damages: Sequence[float]) -> list[int]:
     return [i for _, _, i in hull[1:]]
 
 
+def _front(savings: Sequence[int], damages: Sequence[float]) -> list[int]:
+    """Indices of what no other candidate beats, one that saves as much and does no more damage: an optimum needs no others."""
+    front: list[int] = []
+    for i in sorted(range(len(savings)), key=lambda i: (-savings[i], damages[i], i)):
+        if not front or damages[i] < damages[front[-1]]:
+            front.append(i)
+    return sorted(front)
+
+
 def greedy(savings: Savings, damages: Damages, target: float) -> dict[Hashable, int]:
     """Choices {block: candidate} by the least added damage per parameter saved, until ``target`` is saved.
 
@@ -77,7 +86,7 @@ def knapsack(savings: Savings, damages: Damages, target: float, *, exactly_one: 
         ValueError: no choice saves enough, or a damage is not finite.
     """
     _check_finite(damages)
-    items = [(block, i) for block in savings for i in range(len(savings[block]))]
+    items = [(block, i) for block in savings for i in _front(savings[block], damages[block])]
     saving = np.array([savings[block][i] for block, i in items], dtype=np.int64)
     cost = np.array([damages[block][i] for block, i in items], dtype=float)
     if not items:

@@ -154,7 +154,8 @@ def _terms(passes, options, chosen, near, windows: Tensor) -> tuple[float, dict[
                 if i == chosen[block]:
                     continue
                 option = options[block][i]
-                delta = (p.dense(block) if option is None else option(p.x)).float() - p.y.float()  # [windows, seq_len, hidden]
+                changed = p.dense(block) if option is None else p.replaced(block, option)
+                delta = changed.float() - p.y.float()  # [windows, seq_len, hidden]
                 terms[0] += (delta * p.gradient).sum().item()
                 terms[1] += 0.5 * (delta * f).sum(-1).square().sum().item()
     predicted = windows.shape[0] * (windows.shape[1] - 1)

@@ -2,6 +2,7 @@
 
 from .families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, Replacement, TwoLayerMLP, ladder
 from .hybrids import AttentionMLP, ConvMLP, MixtureOfExperts, TransformerBlock
+from .narrow_attention import NarrowAttention
 from .nested import NestedMLP
 from .records import Errors, FitReport, TrainingReport
 from .splice import Plan, sparsity_of, splice, spliced

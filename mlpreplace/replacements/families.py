@@ -40,6 +40,7 @@ class Family:
     """
 
     looks_back: ClassVar[bool] = False  # whether an output depends on the inputs of earlier tokens
+    attends: ClassVar[bool] = False  # whether it is attention, which reads the positions, mask and cache of its layer
     keeps_precision: ClassVar[bool] = False  # whether ``build`` gives each parameter its precision; else it is the block's
 
     def __init_subclass__(cls) -> None:
@@ -48,7 +49,9 @@ class Family:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, Integral)):
+            if field.type == "int | None" and value is None:
+                continue
+            if field.type in ("int", "int | None") and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise ValueError(f"Expected {type(self).__name__}({field.name}=) as a whole number, got {value!r}.")
 
     def n_params(self, block: Block) -> int:
@@ -224,12 +227,12 @@ class NarrowPlusLinear(Family):
 
 
 def ladder(block: Block, shares: Iterable[float], families: Iterable[type[Family]] | None = None) -> list[Family]:
-    """Every family (or ``families``) at the sizes nearest to ``shares`` of the block's parameters, each size once.
+    """Every family for its kind (or ``families``) at the sizes nearest to ``shares`` of the block's parameters, each size once.
 
     Sizes stay below the family's ``most``: LowRank ends at rank d/2, where a Linear is as large.
     """
     shares, found = list(shares), {}
-    for family in families or FAMILIES.values():
+    for family in families or [family for family in FAMILIES.values() if block.heads is not None or not family.attends]:
         sizes = {family.nearest(block, share * block.n_params): None for share in shares}
         found |= {member: None for member in sorted(sizes, key=lambda member: member.n_params(block))}
     return list(found)
@@ -246,6 +249,8 @@ class Replacement(Inserted):
 
     def __init__(self, family: Family, block: Block):
         super().__init__()
+        if family.attends and block.kind != "attention":
+            raise ValueError(f"{family} is attention and cannot replace {block.name}, which is of kind {block.kind!r}.")
         if family.looks_back and block.kind == "attention":
             instead = "use a family that maps each token by itself, such as Linear, LowRank or Mean"
             raise ValueError(f"{family} looks at earlier tokens and cannot replace attention ({block.name}): {instead}.")
@@ -276,15 +281,16 @@ class Replacement(Inserted):
         floating = (p.dtype for p in self.body.parameters() if p.is_floating_point())
         return None if self.family.keeps_precision else next(floating, None)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, **call) -> Tensor:
+        """``call`` is what attention reads beside the hidden states, where the family attends."""
         given, own = hidden_states.dtype, self.precision
         if own is None or own == given:
-            return self._map(hidden_states)
-        y = self._map(hidden_states.to(own))
+            return self._map(hidden_states, call)
+        y = self._map(hidden_states.to(own), call)
         return y if self.widens else y.to(given)
 
-    def _map(self, x: Tensor) -> Tensor:
-        return self.body(x, self.past) if self.family.looks_back else self.body(x)
+    def _map(self, x: Tensor, call: dict) -> Tensor:
+        return self.body(x, self.past) if self.family.looks_back else self.body(x, **call)
 
     def extra_repr(self) -> str:
         return f"{self.family} for {self.block_name}, {self.n_params:,} parameters"

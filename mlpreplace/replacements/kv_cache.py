@@ -145,7 +145,7 @@ class _Watch:
         replacement = host.get_submodule(self.path)
         if not getattr(getattr(replacement, "family", None), "looks_back", False):  # replaced once more
             return
-        arguments = _signature(type(host).forward).bind_partial(host, *args, **kwargs).arguments
+        arguments = arguments_of(type(host), host, args, kwargs)
         hidden_states = list(arguments.values())[1]  # after the layer itself
         name = replacement.block_name
         past = Past(name, hidden_states.shape[:-1], self._cache([*args, *kwargs.values()], name))
@@ -189,6 +189,11 @@ def watch(host: nn.Module, path: str, layer: int, depth: int) -> list[RemovableH
         host.register_forward_pre_hook(hooks.enter, with_kwargs=True),
         host.register_forward_hook(hooks.leave, always_call=True),  # also after an error, or the past would stay
     ]
+
+
+def arguments_of(kind: type[nn.Module], module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """{parameter: value} of a call of ``forward`` of a class of modules, with the module itself first."""
+    return _signature(kind.forward).bind_partial(module, *args, **kwargs).arguments
 
 
 @lru_cache

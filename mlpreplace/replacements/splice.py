@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..models.blocks import Block, block_parameters
+from ..models.blocks import Block
+from ..models.parameters import block_parameters
 from ..runtime.turns import claimed, turn
 from .families import Replacement
-from .kv_cache import cache_among, count_tokens, watch
+from .kv_cache import arguments_of, cache_among, count_tokens, watch
 from .records import TrainingReport
 
 Plan = dict[Block, Replacement]
@@ -28,17 +29,26 @@ class Improved(NamedTuple):
 
 
 class AttentionStandIn(nn.Module):
-    """A replacement behind the interface of attention: it takes masks, positions and a cache, too, and returns a pair."""
+    """A replacement behind the interface of attention: it takes masks, positions and a cache, too, and returns a pair.
 
-    def __init__(self, replacement: Replacement, layer: int):
+    Args:
+        own: class of the attention in whose place it is.
+        layer: of the cache.
+    """
+
+    def __init__(self, replacement: Replacement, own: type[nn.Module], layer: int):
         super().__init__()
-        self.replacement = replacement
-        self.layer = layer  # of the cache
+        self.replacement, self.own, self.layer = replacement, own, layer
 
     def forward(self, *args, **kwargs) -> tuple[Tensor, None]:
         """The replacement's output [batch, seq_len, hidden], and no attention weights."""
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        if (cache := cache_among([*args, *kwargs.values()])) is not None:
+        cache = cache_among([*args, *kwargs.values()])
+        if self.replacement.family.attends:
+            call = arguments_of(self.own, self, args, kwargs)
+            named = {name: call[name] for name in ("position_embeddings", "attention_mask") if name in call}
+            return self.replacement(hidden_states, cache=cache, **named), None
+        if cache is not None:
             count_tokens(cache, self.layer, hidden_states)
         return self.replacement(hidden_states), None
 
@@ -84,9 +94,12 @@ def _put(model: nn.Module, block: Block, replacement: Replacement) -> list[Remov
 
     Returns hooks: those that move activations to another device, and those that give a replacement that looks back its past.
     """
-    attention = block.kind == "attention"
     device = next((p.device for p in model.get_submodule(block.paths[0]).parameters() if p.device.type != "meta"), None)
-    model.set_submodule(block.paths[0], AttentionStandIn(replacement, block.layer) if attention else replacement)
+    own = model.get_submodule(block.paths[0])
+    inserted = (
+        AttentionStandIn(replacement, getattr(own, "own", type(own)), block.layer) if block.kind == "attention" else replacement
+    )
+    model.set_submodule(block.paths[0], inserted)
     for path in block.paths[1:]:
         model.set_submodule(path, nn.Identity())
     hooks = _aligned(replacement, device) if device else []

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..evaluation.perplexity import Estimate, Measurement, perplexity_ratio
 from ..fitting.errors import sample_errors
-from ..models.blocks import Block, block_parameters
+from ..models.blocks import Block
+from ..models.parameters import block_parameters
 from ..replacements.families import Replacement
 from ..replacements.records import SAMPLES, FitReport
 from ..replacements.splice import Plan, removed_parameters, sparsity_of

@@ -4,27 +4,23 @@ A probe is a zero tensor added to a block's output y; its gradient is that of th
 ``y + δ`` changes the loss by the sum of ``gradient · δ`` over tokens, with all other blocks as they are, replaced or not. One
 backward pass thus prices every candidate of every block; a forward pass prices one.
 
-:func:`fisher_gradients` keeps of the dense model what its candidates are priced by: a gradient for each token of each block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.architectures import layer_lists
 from ..models.blocks import Block
 from ..models.forward import (
     Beside,
     State,
     check_gradients,
-    checkpointed,
     eval_mode,
     hidden_states,
     place_of,
@@ -32,8 +28,8 @@ from ..models.forward import (
     with_hidden_states,
 )
 from ..models.inputs import check_batch_size, check_windows, input_device
-from ..replacements.splice import Plan, spliced
-from ..runtime.memory import halving
+from ..replacements.families import Replacement
+from ..replacements.splice import AttentionStandIn, Plan, spliced
 
 OBJECTIVES = ("kl", "sampled")
 WINDOWS = 2  # at a time: a backward pass holds the activations of all layers
@@ -57,6 +53,14 @@ class Probe:
         for module in block.modules[1:]:
             output = module(output)
         return output
+
+    @torch.no_grad()
+    def replaced(self, block: Block, replacement: Replacement) -> Tensor:
+        """The output of ``replacement`` for x, [windows, seq_len, hidden]."""
+        if not replacement.family.attends:
+            return replacement(self.x)
+        args, kwargs = self.beside
+        return AttentionStandIn(replacement, type(block.modules[0]), block.layer)(self.x, *args, **kwargs)[0]
 
 
 def probe(
@@ -108,79 +112,19 @@ def _pass(
     seen: dict[Block, dict] = {block: {} for block in blocks}
     with eval_mode(model), torch.enable_grad():
         with torch.no_grad():
-            log_p = _log_probabilities(model, ids) if objective == "kl" else None
-        with spliced(model, plan), _frozen(model), ExitStack() as hooks:
+            log_p = log_probabilities(model, ids) if objective == "kl" else None
+        with spliced(model, plan), frozen(model), ExitStack() as hooks:
             for block in blocks:
                 _attach(model, block, seen[block], ids.shape, hooks)
-            loss = _objective(_log_probabilities(model, ids), log_p, generator)
+            loss = loss_of(log_probabilities(model, ids), log_p, generator)
             loss.backward()
     for found in seen.values():
         found["gradient"] = found.pop("added").grad.view_as(found["y"])
     return loss.item(), {block: Probe(**found) for block, found in seen.items()}
 
 
-def fisher_gradients(
-    model: nn.Module,
-    blocks: Iterable[Block],
-    windows: Tensor,
-    *,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> dict[Block, Tensor]:
-    """Gradients of −log p(next tokens) of the dense ``model`` by the outputs of ``blocks``, the tokens drawn from the model.
-
-    Their mean outer product is the Fisher information, the Hessian of KL (Martens 2020, arXiv 1412.1193). A backward pass holds
-    the hidden states of all layers and the inside of one.
-
-    Args:
-        seed: of the drawn tokens.
-        batch_size: windows in one pass, 2 by default. Where memory runs out, all starts again with half as many.
-
-    Returns:
-        {block: [windows, seq_len, hidden]} in nats, in the precision of the block's output, on the CPU.
-
-    Raises:
-        ValueError: windows the model cannot read or of a single token, blocks of another model or of a kind that cannot be
-            replaced, a model that gives NaN, a call under torch.inference_mode().
-    """
-    check_windows(windows, model, least=2)
-    check_batch_size(batch_size)
-    check_gradients(model)
-    blocks = list(dict.fromkeys(blocks))
-
-    def run(size: int) -> dict[Block, Tensor]:
-        generator, found = torch.Generator().manual_seed(seed), {block: [] for block in blocks}
-        for ids in tqdm(windows.split(size), desc="gradients", unit="batch", disable=not progress, leave=False):
-            _backward(model, found, ids, generator)
-        return {block: torch.cat(found.pop(block)) for block in blocks}
-
-    return halving(run, batch_size or WINDOWS) if blocks else {}
-
-
-def _backward(model: nn.Module, found: dict[Block, list[Tensor]], ids: Tensor, generator: torch.Generator) -> None:
-    """Add to ``found`` the gradients of one batch."""
-    ids, layers = ids.to(input_device(model)), [layer for _, _, of_stack in layer_lists(model) for layer in of_stack]
-
-    def kept(block: Block, gradient: Tensor) -> None:
-        found[block].append(gradient.reshape(*ids.shape, -1).to("cpu", copy=True))
-
-    with eval_mode(model), torch.enable_grad(), _frozen(model), checkpointed(layers), ExitStack() as hooks:
-        for layer in layers:  # the first of a stack is given what no gradient would reach, since all weights are frozen
-            hooks.enter_context(watching(layer, enter=lambda x, _: x.requires_grad or x.requires_grad_()))
-        for block in found:
-            first, last, _ = place_of(model, block)  # raises for blocks of another model
-            hooks.enter_context(watching(first, last, leave=partial(_tell_gradient, partial(kept, block))))
-        _objective(_log_probabilities(model, ids), None, generator).backward()
-
-
-def _tell_gradient(tell: Callable[[Tensor], None], output: State) -> None:
-    """Call ``tell`` with the gradient by the hidden states of ``output``, once it is known. It must return nothing."""
-    hidden_states(output).register_hook(tell)
-
-
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient; afterwards those do that did before."""
     before = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
@@ -191,7 +135,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
+def log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     """Of next tokens, in at least float32: [windows, seq_len - 1, vocab]."""
     logits = model(ids, use_cache=False).logits[:, :-1]
     found = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -200,7 +144,7 @@ def _log_probabilities(model: nn.Module, ids: Tensor) -> Tensor:
     return found
 
 
-def _objective(log_q: Tensor, log_p: Tensor | None, generator: torch.Generator) -> Tensor:
+def loss_of(log_q: Tensor, log_p: Tensor | None, generator: torch.Generator) -> Tensor:
     """The loss of the spliced model's ``log_q``; "sampled" where there is no ``log_p`` of the dense model."""
     if log_p is not None:
         return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)

@@ -8,8 +8,9 @@ blocks in the order of layers costs one pass, and every number is the same, bit 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.architectures import layer_lists
 from ..models.blocks import Block
@@ -33,6 +34,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
         collector: of a group, with a method ``result(block)``.
         windows: at a time. Where memory runs out, the pass starts again with half as many.
         key: what else the statistics depend on, for the cache.
+        effects: of the blocks, which are part of their statistics.
 
     Raises (when a block is asked for):
         ValueError: the model was changed since, or has a plan in place; and what capturing raises.
@@ -47,10 +49,11 @@ class InGroups(Mapping[Block, BlockStatistics]):
         *,
         windows: int,
         key: tuple = (),
+        effects: Mapping[Block, Tensor] | None = None,
         progress: bool = True,
     ):
         self.model, self.groups, self.batches, self.collector = model, groups, batches, collector
-        self.windows, self.key, self.progress = windows, key, progress
+        self.windows, self.key, self.effects, self.progress = windows, key, effects or {}, progress
         self.group_of = {block: i for i, group in enumerate(groups) for block in group}
         self.held: dict[Block, BlockStatistics] = {}
         self.walk: Walk | None = None
@@ -63,7 +66,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
             group = self.groups[self.group_of[block]]
             self.drop()  # before there is another
             with turn(self.model):
-                self.held = halving(lambda windows: self._capture(group, windows), self.windows)
+                self.held = _with(halving(lambda windows: self._capture(group, windows), self.windows), self.effects)
         return self.held[block]
 
     def __contains__(self, block: object) -> bool:
@@ -79,7 +82,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
 
     def cache_key(self) -> tuple:
         """What the statistics are made from."""
-        return self.model, list(self.group_of), self.key
+        return self.model, list(self.group_of), self.key, self.effects
 
     def drop(self) -> None:
         """Free what is in memory."""
@@ -90,8 +93,14 @@ class InGroups(Mapping[Block, BlockStatistics]):
     def only(self, blocks: Collection[Block]) -> InGroups:
         """The same of some of the blocks."""
         groups = [[block for block in group if block in blocks] for group in self.groups]
-        options = dict(windows=self.windows, key=self.key, progress=self.progress)
-        return InGroups(self.model, [group for group in groups if group], self.batches, self.collector, **options)
+        return self._like([group for group in groups if group], self.effects)
+
+    def with_effects(self, effects: Mapping[Block, Tensor]) -> InGroups:
+        return self._like(self.groups, effects)
+
+    def _like(self, groups: Sequence[Sequence[Block]], effects: Mapping[Block, Tensor]) -> InGroups:
+        options = dict(windows=self.windows, key=self.key, effects=effects, progress=self.progress)
+        return InGroups(self.model, groups, self.batches, self.collector, **options)
 
     def _capture(self, group: Sequence[Block], windows: int) -> dict[Block, BlockStatistics]:
         if list(self.model.modules()) != self.modules:
@@ -143,6 +152,15 @@ def only(statistics: Statistics, blocks: Collection[Block]) -> Statistics:
     """The statistics of some blocks, captured when they are asked for where those of all are."""
     asked = set(blocks)
     return statistics.only(asked) if isinstance(statistics, InGroups) else {b: s for b, s in statistics.items() if b in asked}
+
+
+def with_effects(statistics: Statistics, effects: Mapping[Block, Tensor]) -> Statistics:
+    """The same statistics with what :func:`~mlpreplace.statistics.fisher_effects` found, to choose neurons and heads by."""
+    return statistics.with_effects(effects) if isinstance(statistics, InGroups) else _with(statistics, effects)
+
+
+def _with(held: Mapping[Block, BlockStatistics], effects: Mapping[Block, Tensor]) -> dict[Block, BlockStatistics]:
+    return {block: replace(s, effect=effects[block]) if block in effects else s for block, s in held.items()}
 
 
 def release(statistics: Statistics | None, later: Iterable[Block]) -> None:

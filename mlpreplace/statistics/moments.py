@@ -4,128 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import fields, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from ..models.blocks import Block, listed
-from ..models.forward import State, hidden_states, watching
+from ..models.forward import watching
 from ..models.inputs import Batch, as_batch, check_batch_size, items
-from ..replacements.records import SAMPLES
 from ..runtime.cache import cached
 from ..runtime.memory import memory_budget as memory_budget_of
 from ..runtime.memory import windows_at_once
+from .accumulator import Accumulator
 from .collect import Collector, in_parts
 from .groups import InGroups, grouped
-from .records import MOMENTS, SUMS, BlockStatistics, Sample, Statistics
+from .records import MOMENTS, BlockStatistics, Sample, Statistics
 from .weight_check import WeightCheck
 
 FIT_COPIES = 3  # of a block's statistics that fits to them, and their capture, take at a time, at most
 PATCHES = 1024  # of an image, at most, where memory is estimated
-GRAM_PARTS = 4  # of the columns; 5/8 of all products are made, with 8 parts it would be 9/16
-
-
-def gram(rows: Tensor) -> Tensor:
-    """RᵀR of rows [tokens, n]. It is symmetric: products are made of blocks on and below its diagonal, and copied above."""
-    n = rows.shape[1]
-    total, size = rows.new_empty(n, n), -(-n // GRAM_PARTS)
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        total[start:, start:stop] = rows[:, start:].T @ rows[:, start:stop]
-        total[start:stop, stop:] = total[stop:, start:stop].T
-    return total
-
-
-class Accumulator:
-    """Statistics in the making: the sums over one module's inputs and outputs, and the windows that are sampled.
-
-    ``enter``, ``hidden``, ``leave`` and ``stream`` are called in this order for each batch. The products of a batch are made
-    where its activations are, in their precision (float32 for half precision), and added up there in float64.
-    """
-
-    def __init__(
-        self,
-        collector: Collector,
-        stack: str,
-        moments: Collection[str],
-        precision: torch.dtype | None = None,
-    ):
-        self.collector, self.stack, self.moments = collector, stack, set(moments)
-        self.precision = precision  # of sampled inputs, where it is not that of the input
-        self.sums = BlockStatistics()
-        self.samples: dict[tuple[str, str], list[Tensor]] = {}  # {(part, field): batches}
-        self.x: Tensor | None = None  # of the running batch
-
-    def enter(self, x: Tensor, *_) -> None:
-        """What enters the module, [batch, seq_len, hidden]."""
-        self.x = self.collector.windows(self.stack, x)
-        if self._fitted and "input" in self.moments:
-            rows = self._rows(self.x)
-            self._add(sum_x=rows.sum(0), xx=gram(rows))
-
-    def hidden(self, h: Tensor, *_) -> None:
-        """What enters the output projection, [batch, seq_len, intermediate]."""
-        if not self._fitted:
-            return
-        rows = self._rows(h)
-        self._add(sum_h=rows.sum(0))
-        if "hidden" in self.moments:
-            self._add(hh=gram(rows))
-        if "cross" in self.moments:
-            self._add(hx=rows.T @ self._rows(self.x))
-
-    def leave(self, output: State) -> None:
-        """What leaves the module, [batch, seq_len, hidden]."""
-        y, real = self.collector.windows(self.stack, hidden_states(output)), self.collector.real[self.stack]
-        if self._fitted:
-            rows = self._rows(y)
-            self.sums.tokens += len(rows)
-            self._add(sum_y=rows.sum(0))
-            if "input" in self.moments:
-                self._add(xy=self._rows(self.x).T @ rows)
-        if self.collector.part:
-            x = self.x if self.precision is None else self.x.to(self.precision)
-            self._sample(x=x, y=y, mask=torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if real is None else real)
-        self.x = None
-
-    def stream(self, output: State) -> None:
-        """The residual stream that leaves the layer, [batch, seq_len, hidden]."""
-        if self.collector.part:
-            self._sample(residual_energy=hidden_states(output).float().square().sum(-1))
-
-    def _rows(self, hidden: Tensor) -> Tensor:
-        return self.collector.rows(self.stack, hidden)
-
-    @property
-    def _fitted(self) -> bool:
-        return self.collector.part != "validation"
-
-    def _add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            total = getattr(self.sums, name)
-            if total is None:
-                setattr(self.sums, name, value.double())
-            else:
-                total.add_(value)
-
-    def _sample(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            # copied: the layers after this one are free to write into the tensor
-            self.samples.setdefault((self.collector.part, name), []).append(value.detach().to("cpu", copy=True))
-
-    def result(self, name: str) -> BlockStatistics:
-        """The statistics of what is called ``name``. Raises ValueError where it was not run, or gave what is not finite."""
-        if not self.sums.tokens and not self.samples:
-            raise ValueError(f"{name} was not run: the blocks are of another model.")
-        parts = [part for part in SAMPLES if (part, "x") in self.samples]
-        samples = {part: Sample(*(torch.cat(self.samples.pop((part, f.name))) for f in fields(Sample))) for part in parts}
-        tensors = [getattr(self.sums, name) for name in SUMS]
-        tensors += [t[pairs.mask] for pairs in samples.values() for t in (pairs.x, pairs.y)]  # validation is in no moment
-        if not all(torch.isfinite(t).all() for t in tensors if t is not None):
-            raise ValueError(f"Activations of {name} are not finite: check the model (a half-precision overflow?) and the text.")
-        return replace(self.sums, **samples)
 
 
 class _Moments(Collector):
@@ -133,17 +29,22 @@ class _Moments(Collector):
 
     def __init__(self, blocks: Collection[Block], moments: Collection[str]):
         super().__init__(block.stack for block in blocks)
-        self.of = {block: Accumulator(self, block.stack, moments, block.dtype) for block in blocks}
+        self.of = {block: self._accumulator(block, set(moments)) for block in blocks}
         self.of_neurons = not {"hidden", "cross"}.isdisjoint(moments)
         self.ran: set[Block] = set()  # in the running batch
+
+    def _accumulator(self, block: Block, moments: set[str]) -> Accumulator:
+        of_heads = block.heads is not None and "hidden" in moments
+        moments = moments - {"cross"} if block.kind == "attention" else moments  # which only neurons are fitted with
+        return Accumulator(self, block.stack, moments, block.dtype, of_heads=of_heads)
 
     def watch(self, hooks: ExitStack) -> None:
         for block, a in self.of.items():
             enter = partial(self._enter, block)
             hooks.enter_context(watching(block.modules[0], block.modules[-1], enter=enter, leave=a.leave))
             hooks.enter_context(watching(block.host, leave=a.stream))
-            if self.of_neurons and block.has_neurons:
-                hooks.enter_context(watching(block.down, enter=a.hidden))
+            if self.of_neurons and block.output_projection is not None:
+                hooks.enter_context(watching(block.output_projection, enter=a.hidden))
             WeightCheck(self, block).watch(hooks)
 
     def start(self, *args) -> None:
@@ -262,9 +163,10 @@ def _in_groups(
 
 def _bytes(block: Block, moments: Collection[str], sampled: int) -> int:
     """Of a block's statistics: sums in float64, and ``sampled`` pairs in the block's precision."""
-    hidden, inner = block.hidden_size, block.intermediate_size if block.has_neurons else 0
-    sizes = {"input": 2 * hidden**2, "hidden": inner**2, "cross": inner * hidden}
-    return 8 * sum(sizes[moment] for moment in moments) + 2 * sampled * hidden * block.dtype.itemsize
+    hidden, inner = block.hidden_size, block.inner_size
+    sizes = {"input": 2 * hidden**2, "hidden": inner**2, "cross": inner * hidden if block.kind == "mlp" else 0}
+    pairs = 2 * hidden + (inner if block.heads is not None and "hidden" in moments else 0)
+    return 8 * sum(sizes[moment] for moment in moments) + sampled * pairs * block.dtype.itemsize
 
 
 def _seq_len(whole: Batch) -> int:

@@ -7,7 +7,7 @@ same sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -28,6 +28,7 @@ class Sample:
     y: Tensor  # [windows, seq_len, hidden] what leaves it (before the residual add)
     residual_energy: Tensor  # [windows, seq_len] squared norm of the residual stream that leaves the layer
     mask: Tensor  # [windows, seq_len] True where a token is real, False where it is padding
+    h: Tensor | None = None  # [windows, seq_len, intermediate] outputs of heads, with the "hidden" moment of attention
 
     @property
     def tokens(self) -> int:
@@ -35,10 +36,14 @@ class Sample:
 
     def head(self, windows: int) -> Sample:
         """The first ``windows`` windows."""
-        return Sample(*(getattr(self, f.name)[:windows] for f in fields(self)))
+        return self._each(lambda tensor: tensor[:windows])
 
     def to(self, device: torch.device) -> Sample:
-        return Sample(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Sample:
+        tensors = (getattr(self, f.name) for f in fields(self))
+        return Sample(*(None if tensor is None else change(tensor) for tensor in tensors))
 
     @property
     def left_padded(self) -> bool:
@@ -50,7 +55,8 @@ class Sample:
 class BlockStatistics:
     """Uncentred second moments of one block over the fitting tokens, in float64, and its samples.
 
-    Rows of X, Y and H are tokens; H is what enters the output projection. A moment that was not asked for is None.
+    Rows of X, Y and H are tokens; H is what enters the output projection: neurons, or the outputs of heads side by side, whose
+    number is called intermediate here. A moment that was not asked for is None.
     """
 
     tokens: int = 0
@@ -61,12 +67,13 @@ class BlockStatistics:
     xy: Tensor | None = None  # [hidden, hidden] XᵀY
     hh: Tensor | None = None  # [intermediate, intermediate] HᵀH
     hx: Tensor | None = None  # [intermediate, hidden] HᵀX
+    effect: Tensor | None = None  # [intermediate] or [parts, parts], see fisher_effects; no sum over the fitting tokens
     train: Sample | None = None  # windows that are in the moments too
     validation: Sample | None = None  # windows that are in no moment
 
     def to(self, device: torch.device) -> BlockStatistics:
         """A copy with all sums on ``device``; samples stay where they are."""
-        return replace(self, **{name: t.to(device) for name in SUMS if (t := getattr(self, name)) is not None})
+        return replace(self, **{name: t.to(device) for name in (*SUMS, "effect") if (t := getattr(self, name)) is not None})
 
     def require(self, block: Block, *moments: str) -> None:
         """Raise ValueError unless all ``moments`` were captured, from two tokens at least, and all sums are finite."""
@@ -106,4 +113,5 @@ def _join(a: Sample | None, b: Sample | None, block: Block) -> Sample | None:
         return a or b
     if (one := a.mask.shape[1]) != (other := b.mask.shape[1]):
         raise ValueError(f"The two samples of {block.name} are of windows of different lengths, {one} and {other} tokens.")
-    return Sample(*(torch.cat([getattr(a, f.name), getattr(b, f.name)]) for f in fields(Sample)))
+    pairs = ((getattr(a, f.name), getattr(b, f.name)) for f in fields(Sample))
+    return Sample(*(None if one is None or other is None else torch.cat([one, other]) for one, other in pairs))

@@ -23,8 +23,8 @@ from ..models.inputs import as_batch, input_device, items
 from ..replacements.splice import check_attention
 from ..runtime.cache import cached
 from ..runtime.memory import WINDOWS, halving
+from .accumulator import Accumulator
 from .collect import Collector, collect, in_parts
-from .moments import Accumulator
 from .records import BlockStatistics
 from .weight_check import WeightCheck
 

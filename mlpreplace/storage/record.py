@@ -14,10 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.int8 import Int8Linear
-from ..models.architectures import ARCHITECTURES, Stack, layer_lists, register_architecture, type_of
+from ..models.architectures import ARCHITECTURES, layer_lists, register_architecture, type_of
 from ..models.blocks import KINDS, Block, find_blocks
 from ..models.layers import layer_blocks
 from ..models.loading import empty_model
+from ..models.stack import Stack
 from ..replacements.splice import replacements_of, sparsity_of
 from ..runtime.files import read_checked, strict_json
 from ..runtime.fingerprint import fingerprint

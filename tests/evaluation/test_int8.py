@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from mlpreplace.evaluation.int8 import NARROWEST, WEIGHT_LEVELS, Int8Linear, quantized
 from mlpreplace.evaluation.perplexity import perplexity
 from mlpreplace.evaluation.speed import flops, latency, size_bytes
-from mlpreplace.models.blocks import KINDS, block_parameters, find_blocks
+from mlpreplace.models.blocks import KINDS, find_blocks
+from mlpreplace.models.parameters import block_parameters
 from mlpreplace.replacements.families import LowRank, Mean, NarrowMLP, Replacement
 from mlpreplace.replacements.hybrids import ConvMLP, MixtureOfExperts
 from mlpreplace.replacements.splice import replacements_of, splice

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from mlpreplace.evaluation.parameter_share import model_shares, parameter_shares, published_configs
-from mlpreplace.models.blocks import count_parameters
+from mlpreplace.models.parameters import count_parameters
 
 PUBLISHED = {published.name: published for published in published_configs()}
 

@@ -172,7 +172,10 @@ def test_an_error_in_one_fit_reaches_the_caller_and_threads_return(captured):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"selection": "magnitude"}, "Unknown selection 'magnitude'; expected one of energy, leverage, obs, random"),
+        (
+            {"selection": "magnitude"},
+            "Unknown selection 'magnitude'; expected one of auto, energy, leverage, obs, fisher, fisher_energy, random",
+        ),
         ({"ridge": -1.0}, "ridge ≥ 0, got -1.0"),
         ({"ridge": float("nan")}, "ridge ≥ 0, got nan"),
         ({"samples": ("heldout",)}, "Unknown samples .'heldout'.; expected some of train, validation"),

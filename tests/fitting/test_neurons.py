@@ -11,6 +11,7 @@ from mlpreplace import NarrowMLP, find_blocks, fit
 from mlpreplace.fitting import neurons as selection
 from mlpreplace.fitting.closed_form import solve
 from mlpreplace.fitting.neurons import SELECTIONS, ClosedForm, select
+from mlpreplace.statistics.groups import with_effects
 from mlpreplace.statistics.moments import BlockStatistics
 
 RIDGE = 1e-3
@@ -178,10 +179,17 @@ def test_a_constant_neuron_is_worth_nothing_beside_a_bias(rule):
     assert 5 not in select(block, s, INTERMEDIATE - 1, ClosedForm(1e-2, rule))
 
 
+def felt(captured):
+    """The same with effects of neurons."""
+    model, blocks, stats = captured
+    effects = torch.rand(len(blocks), INTERMEDIATE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model, blocks, with_effects(stats, dict(zip(blocks, effects, strict=True)))
+
+
 @pytest.mark.parametrize("rule", SELECTIONS)
 @pytest.mark.parametrize("width", [1, 17, INTERMEDIATE])
 def test_a_selection_is_so_many_neurons_in_order(rule, width, captured):
-    _, blocks, stats = captured
+    _, blocks, stats = felt(captured)
     kept = select(blocks[0], stats[blocks[0]], width, ClosedForm(1e-2, rule))
     assert len(kept) == width
     assert kept.unique().tolist() == kept.tolist()
@@ -199,7 +207,7 @@ def test_random_depends_on_the_seed_alone(captured):
 
 @pytest.mark.parametrize("rule", SELECTIONS)
 def test_a_fit_keeps_the_neurons_its_rule_selects(rule, captured):
-    _, blocks, stats = captured
+    _, blocks, stats = felt(captured)
     b = blocks[1]
     small = fit(b, stats, NarrowMLP(20), selection=rule, ridge=0.1, seed=3)
     kept = select(b, stats[b], 20, ClosedForm(0.1, rule, 3))
@@ -208,7 +216,7 @@ def test_a_fit_keeps_the_neurons_its_rule_selects(rule, captured):
 
 
 def test_an_unknown_rule_is_named():
-    with pytest.raises(ValueError, match="'loudest'.*energy, leverage, obs, random"):
+    with pytest.raises(ValueError, match="'loudest'.*energy, leverage, obs, fisher, fisher_energy, random"):
         ClosedForm(selection="loudest")
 
 

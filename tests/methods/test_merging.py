@@ -16,8 +16,8 @@ from mlpreplace.evaluation.int8 import quantized
 from mlpreplace.evaluation.speed import Latency, bytes_read, flops, size_bytes, speed_rows
 from mlpreplace.methods.merging import merge_mlps
 from mlpreplace.methods.sliding import drop_mlps, neighbours
-from mlpreplace.models.blocks import block_parameters, count_parameters
 from mlpreplace.models.loading import Source
+from mlpreplace.models.parameters import block_parameters, count_parameters
 from mlpreplace.replacements.splice import bodies, replacements_of, sparsity_of
 from mlpreplace.replacements.whole_layers import Merged
 from mlpreplace.reporting.tables import result_rows

@@ -13,8 +13,8 @@ from tiny_models import DECODERS, MIXTURES, random_windows
 from mlpreplace import Linear, allocate, capture, find_blocks, load, load_model, save, splice, spliced
 from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.registry import METHODS, calibrate, method, methods_table
-from mlpreplace.models.blocks import block_parameters
 from mlpreplace.models.layers import layer_parameters
+from mlpreplace.models.parameters import block_parameters
 from mlpreplace.replacements.kv_cache import TokenCount
 from mlpreplace.replacements.splice import sparsity_of
 from mlpreplace.replacements.whole_layers import without_layers
@@ -26,7 +26,7 @@ SPANNED = {"shortgpt_linear", "uidl_linear", "replaceme", "replaceme_cosine", "s
 READ = {  # moments of blocks
     "uniform": {"mlp": {"hidden"}},
     "subfit": {"mlp": {"input"}, "attention": {"input"}},
-    "allocated": {"mlp": {"input", "hidden"}, "attention": {"input"}},
+    "allocated": {"mlp": {"input", "hidden"}, "attention": {"input", "hidden"}},
 }
 FUSED = {"replaceme", "replaceme_cosine"}
 REFUSED = dict.fromkeys([*MIXTURES, "gemma2", "gemma3_text", "glm4"], FUSED)  # nothing to fuse a map into
@@ -186,7 +186,7 @@ def test_one_pass_serves_methods_that_need_different_moments(prepared, monkeypat
         "mlpreplace.methods.registry.capture", lambda *args, **options: calls.append(1) or capture(*args, **options)
     )
     both = calibrated(model, (0.25,), ["uniform", "subfit"])
-    assert calls == [1] and held(both) == held(of_all) == {"mlp": {"input", "hidden"}, "attention": {"input"}}
+    assert calls == [1] and held(both) == held(of_all) == READ["allocated"]
 
 
 def test_experts_are_solved_from_inputs_and_sampled_pairs(prepared):

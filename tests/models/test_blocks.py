@@ -8,7 +8,8 @@ from tiny_models import HIDDEN, INTERMEDIATE, MODELS, VOCABULARY, build
 from transformers import LlamaForCausalLM
 
 from mlpreplace import find_blocks
-from mlpreplace.models.blocks import count_parameters, evenly
+from mlpreplace.models.blocks import evenly
+from mlpreplace.models.parameters import count_parameters
 
 
 def test_an_encoder_decoder_has_the_encoder_first_and_its_cross_attention():

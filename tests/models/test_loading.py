@@ -11,8 +11,8 @@ from tiny_models import build, random_windows
 
 from mlpreplace import NarrowMLP, export, find_blocks, fit, load, load_model, perplexity, save, splice
 from mlpreplace.models import loading
-from mlpreplace.models.blocks import count_parameters
 from mlpreplace.models.loading import BUNDLED, Source, bundled_folder, resolve_device
+from mlpreplace.models.parameters import count_parameters
 from mlpreplace.runtime.fingerprint import fingerprint
 from mlpreplace.texts import assets
 

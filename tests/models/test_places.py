@@ -11,7 +11,8 @@ from torch import nn
 from mlpreplace import NarrowMLP, find_blocks, fit, splice
 from mlpreplace.evaluation.int8 import quantized
 from mlpreplace.methods.merging import merge_mlps
-from mlpreplace.models.blocks import NotApplicable, block_parameters, count_parameters
+from mlpreplace.models.blocks import NotApplicable
+from mlpreplace.models.parameters import block_parameters, count_parameters
 from mlpreplace.planning.candidates import narrow_widths
 from mlpreplace.replacements.splice import sparsity_of
 

@@ -155,14 +155,14 @@ COPIES = {"heal": USES["heal"], "refit": lambda m, plan: refit(m, plan, WINDOWS,
 @pytest.mark.parametrize("name", COPIES)
 def test_a_copy_of_a_plan_takes_no_hook_of_another_thread_along(name, case, monkeypatch):
     model, plan = case
-    entered, go, objective = Event(), Event(), gradients._objective
+    entered, go, objective = Event(), Event(), gradients.loss_of
 
     def hold(*args):
         entered.set()
         go.wait(SOON)
         return objective(*args)
 
-    monkeypatch.setattr(gradients, "_objective", hold)
+    monkeypatch.setattr(gradients, "loss_of", hold)
     with ThreadPoolExecutor(2) as pool:
         probing = pool.submit(list, gradients.probe(model, plan, plan, WINDOWS, progress=False))
         assert entered.wait(SOON)

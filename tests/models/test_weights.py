@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mlpreplace import Linear, NarrowMLP, Stack, find_blocks, fit, register_architecture
 from mlpreplace.evaluation.int8 import quantized
-from mlpreplace.models.blocks import block_parameters, count_parameters
+from mlpreplace.models.parameters import block_parameters, count_parameters
 
 UP = "model.layers.1.mlp.up_proj"
 

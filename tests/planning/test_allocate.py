@@ -9,7 +9,7 @@ from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, TwoLayerMLP, allocate, compare, find_blocks
 from mlpreplace.fitting.fit import fit_all
-from mlpreplace.models.blocks import block_parameters
+from mlpreplace.models.parameters import block_parameters
 from mlpreplace.planning.allocate import ATTENTION_PRICES
 from mlpreplace.planning.damage import local_damage
 from mlpreplace.replacements.splice import sparsity_of

@@ -15,6 +15,7 @@ from mlpreplace.planning.candidates import (
     narrow_widths,
     savings_of,
 )
+from mlpreplace.replacements import NarrowAttention
 from mlpreplace.replacements.families import ladder
 
 
@@ -46,7 +47,7 @@ def test_candidates_are_those_of_lists_written_by_hand(name):
     model = build(name)
     mlps, attentions = find_blocks(model), find_blocks(model, "attention")
     families = {b: narrow_widths(b, WIDTH_STEPS) + ladder(b, LINEAR_SIZES, [NarrowPlusLinear]) for b in mlps}
-    families |= {b: [Mean(), *ladder(b, ATTENTION_SIZES, [LowRank])] for b in attentions}
+    families |= {b: [Mean(), *ladder(b, ATTENTION_SIZES, [LowRank]), *NarrowAttention.sizes(b)] for b in attentions}
     assert candidate_families([*mlps, *attentions]) == families
     few = candidate_families(mlps, width_steps=4, linear_sizes=())
     assert few == {b: narrow_widths(b, 4) for b in mlps}

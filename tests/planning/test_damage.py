@@ -10,9 +10,10 @@ from conftest import capture_quietly
 from tiny_models import CAUSAL, INTERMEDIATE, build, random_windows
 from torch import nn
 
-from mlpreplace import NarrowMLP, compare, find_blocks
+from mlpreplace import NarrowMLP, capture, compare, find_blocks
 from mlpreplace.fitting.fit import fit_all
 from mlpreplace.planning.damage import local_damage, measured_damage, second_order_damage
+from mlpreplace.replacements import NarrowAttention
 
 WINDOWS = random_windows(4, 10, seed=2)
 
@@ -106,6 +107,13 @@ def test_local_damage_is_that_of_the_reports():
     for block, damages in local_damage(candidates).items():
         assert damages == [r.report.validation.damage for r in candidates[block]]
         assert damages[0] > damages[1]
+
+
+def test_local_damage_does_not_know_scores(llama):
+    block, narrower = find_blocks(llama, "attention")[0], NarrowAttention(4, 4, 8, 6)
+    stats = capture(llama, [block], WINDOWS, validation_windows=2, progress=False)
+    with pytest.raises(ValueError, match="key_dim=6.*second_order_damage"):
+        local_damage({block: [narrower]}, stats)
 
 
 def test_local_damage_needs_validation_errors():

@@ -25,7 +25,7 @@ from mlpreplace import (
     load_windows,
     spliced,
 )
-from mlpreplace.planning.refit import TARGETS, read_out, refit
+from mlpreplace.planning.refit import RIDGES, TARGETS, read_out, refit
 from mlpreplace.replacements.families import Replacement
 from mlpreplace.statistics.moments import MOMENTS
 
@@ -209,6 +209,35 @@ def test_more_ridge_stays_nearer_to_the_first_fit():
     little, more, most = moved(1e-2), moved(1.0), moved(1e12)
     assert all(a > b for a, b in zip(little, more, strict=True))
     assert max(most) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_validation_windows_choose_the_ridge_of_least_error_there(name):
+    model, plan = fitted_plan(name, NarrowMLP(12))
+    block, windows, unseen = next(iter(plan)), random_windows(4, 10, seed=5), random_windows(8, 10, seed=6)
+    alone = {block: plan[block]}
+
+    @torch.no_grad()
+    def error(of) -> float:
+        (dense,), (got,) = left(model, {}, [block], unseen), left(model, of, [block], unseen)
+        return (got - dense).square().sum().item()
+
+    errors = {None: error(alone)}
+    errors |= {ridge: error(refit(model, alone, windows, ridge=ridge, progress=False).plan) for ridge in RIDGES}
+    chosen, (record,) = refit(model, alone, windows, validation=unseen, progress=False)
+    assert record["ridge"] == min(errors, key=errors.__getitem__)
+    assert error(chosen) == pytest.approx(min(errors.values()), rel=1e-6)
+
+
+def test_what_validation_windows_do_not_want_stays():
+    """Windows of a single token, fitted nearly without ridge, say nothing about others."""
+    model, plan = fitted_plan("llama", NarrowMLP(12))
+    again, records = refit(
+        model, plan, random_windows(1, 2), validation=random_windows(8, 10, seed=6), ridge=1e-3, progress=False
+    )
+    stayed = [b for b, record in zip(plan, records, strict=True) if record["ridge"] is None]
+    assert stayed and same({b: plan[b] for b in stayed}, again)
+    assert all(record["error_left"] == record["error"] for record in records if record["ridge"] is None)
 
 
 def test_half_precision_is_kept():

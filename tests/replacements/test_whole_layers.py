@@ -13,8 +13,8 @@ from mlpreplace import Linear, find_blocks, splice, spliced
 from mlpreplace.evaluation.speed import cache_bytes, flops, latency, speed_rows
 from mlpreplace.fitting.fit import fit
 from mlpreplace.models.architectures import layer_lists
-from mlpreplace.models.blocks import block_parameters, count_parameters
 from mlpreplace.models.layers import find_layers, find_parts, layer_parameters
+from mlpreplace.models.parameters import block_parameters, count_parameters
 from mlpreplace.replacements.families import Replacement
 from mlpreplace.replacements.splice import sparsity_of
 from mlpreplace.replacements.whole_layers import Removed, Tuned, without_layers

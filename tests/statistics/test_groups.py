@@ -10,7 +10,8 @@ from mlpreplace import LowRank, NarrowMLP, capture, find_blocks, fit
 from mlpreplace.fitting import fit_all
 from mlpreplace.replacements import spliced
 from mlpreplace.statistics.groups import InGroups, by_group, only, release
-from mlpreplace.statistics.moments import FIT_COPIES, SUMS
+from mlpreplace.statistics.moments import FIT_COPIES
+from mlpreplace.statistics.records import SUMS
 
 WINDOWS = random_windows(10)
 OPTIONS = dict(moments=("input", "hidden", "cross"), validation_windows=2, sample_windows=3, progress=False)
@@ -31,7 +32,7 @@ def same(a, b) -> bool:
 
 def size(s) -> int:
     """Bytes of the matrices and pairs of a block."""
-    tensors = [s.xx, s.xy, s.hh, s.hx, *(t for sample in (s.train, s.validation) for t in (sample.x, sample.y))]
+    tensors = [s.xx, s.xy, s.hh, s.hx, *(t for sample in (s.train, s.validation) for t in (sample.x, sample.y, sample.h))]
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 

@@ -30,6 +30,7 @@ from mlpreplace import (
 from mlpreplace.evaluation.int8 import quantized
 from mlpreplace.methods.merging import merge_mlps
 from mlpreplace.planning.distil import with_rest
+from mlpreplace.replacements import NarrowAttention
 from mlpreplace.replacements.families import FAMILIES, Replacement
 from mlpreplace.replacements.nested import NestedMLP
 from mlpreplace.replacements.splice import bodies, replacements_of
@@ -58,12 +59,18 @@ def attention_plan(model):
     return {blocks[1]: fit(blocks[1], stats, Linear())}
 
 
+def narrow_attention_plan(model):
+    blocks, stats = capture_quietly(model, random_windows(), "attention")
+    return {b: fit(b, stats, NarrowAttention(3, 3, 6, key_dim)) for b, key_dim in zip(blocks, (None, 4, 6), strict=True)}
+
+
 PLANS = {str(family): lambda model, family=family: fitted_plan(model, family, moments=MOMENTS) for family in FITTED} | {
     "NestedMLP": nested_plan,
     "Removed layers": lambda model: without_layers(model, [1]),
     "Removed MLP": lambda model: {b: Replacement(Removed(), b) for b in find_blocks(model)[1:]},
     "Merged": lambda model: merge_mlps(find_blocks(model)[:2]),
     "attention": attention_plan,
+    "NarrowAttention": narrow_attention_plan,
     "Tuned": lambda model: {b: shaken(r) for b, r in with_rest(model, without_layers(model, [1])).items()},
 }
 

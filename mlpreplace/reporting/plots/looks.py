@@ -33,11 +33,14 @@ FAMILY_LOOKS = {
     "Removed": _look(BROWN, "p", ":"),
     "Tuned": _look(INDIGO, "d", "-"),
     "Merged": _look(PURPLE, "H", "-"),
+    "NarrowAttention": _look(GREEN, "8", "--"),
 }
 SELECTION_LOOKS = {
     "energy": _look(BLUE, "o", "-"),
     "leverage": _look(ORANGE, "D", "-."),
     "obs": _look(FOREST, "P", "--"),
+    "fisher": _look(VERMILION, "s", "--"),
+    "fisher_energy": _look(PINK, "^", "-"),
     "random": _look(GREY, "X", ":"),
 }
 OBJECTIVE_LOOKS = {"mse": _look(BLUE, "o"), "cosine": _look(ORANGE, "D"), "both": _look(FOREST, "P")}
