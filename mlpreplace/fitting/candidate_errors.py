@@ -20,7 +20,7 @@ from ..replacements.families import Family, LowRank, NarrowMLP, Replacement
 from ..replacements.narrow_attention import NarrowAttention
 from ..statistics.moments import BlockStatistics
 from .fit import fit
-from .heads import narrowed_error
+from .heads import HeadFits
 from .neurons import ClosedForm, hidden_moment, importance
 from .ridge import add_ridge, factor, linear_map, reduced_rank
 
@@ -65,8 +65,9 @@ def candidate_errors(
             f"{block.name}: what enters the block does not tell the error of narrower attention. Price the family, before it is "
             "fitted, by second_order_damage(model, candidates, windows, stats), or by measured_damage."
         )
+    fits = HeadFits(block, s, how) if attending else None
     for i, family in attending.items():
-        yield i, narrowed_error(family, block, s, how, h)
+        yield i, fits.error(family, h)
     if narrow:
         yield from _narrow_errors(block, narrow, s, x, how)
     if low:

@@ -25,7 +25,7 @@ from ..replacements.nested import NestedMLP
 from ..replacements.whole_layers import Removed, Tuned
 from ..statistics.moments import BlockStatistics
 from .features import cluster_statistics, feature_statistics, shallow_features, spherical_kmeans
-from .heads import narrowed
+from .heads import HeadFits
 from .neurons import ClosedForm, hidden_moment, importance, select
 from .ridge import add_ridge, centred, factor, least_squares, linear_map, reduced_rank
 
@@ -87,9 +87,9 @@ def _(family: NarrowMLP, block: Block, s: BlockStatistics, how: ClosedForm) -> d
 
 @solve.register
 def _(family: NarrowAttention, block: Block, s: BlockStatistics, how: ClosedForm) -> dict[str, Tensor]:
-    """See :func:`~mlpreplace.fitting.heads.narrowed`. Norms of heads are the block's own."""
+    """See :meth:`~mlpreplace.fitting.heads.HeadFits.narrowed`. Norms of heads are the block's own."""
     norms = {name: tensor for name, tensor in family.build(block).state_dict().items() if "_norm." in name}
-    return narrowed(family, block, s, how).state() | norms
+    return HeadFits(block, s, how).narrowed(family).state() | norms
 
 
 @solve.register

@@ -23,7 +23,7 @@ from ..statistics.groups import by_group
 from ..statistics.moments import BlockStatistics, Statistics
 from .closed_form import solve
 from .errors import sample_errors
-from .heads import narrowed_errors
+from .heads import HeadFits
 from .neurons import ClosedForm
 from .ridge import RIDGE
 from .training import Training, train
@@ -161,7 +161,8 @@ def _fill(
         state = learner.state_dict()
     body.load_state_dict(state)
     pairs = {"train": s.train and s.train.head(TRAIN_WINDOWS), "validation": s.validation}
-    measured = partial(narrowed_errors, family, block, s, how) if family.attends else partial(sample_errors, body)
+    attends = family.attends and HeadFits(block, s.to(block.device), how)
+    measured = partial(attends.errors, family) if attends else partial(sample_errors, body)
     errors = {name: measured(pairs[name]) if name in samples and pairs[name] else None for name in SAMPLES}
     return FitReport(s.tokens, seconds, **errors, training=trained)
 

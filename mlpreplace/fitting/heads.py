@@ -8,8 +8,8 @@ whole ones, until it is refitted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,95 +24,6 @@ from .neurons import ASK, ClosedForm
 from .ridge import add_ridge, factor, solved
 
 HEAD_SELECTIONS = ("auto", "energy", "fisher", "fisher_energy", "random")
-
-
-def head_moment(block: Block, s: BlockStatistics, weights: AttentionWeights) -> Tensor:
-    """C = HᵀH, a copy, [heads · value_dim, the same]; centred where the block has an output bias to take up the mean."""
-    s.require(block, "hidden")
-    return s.hh.addr(s.sum_h, s.sum_h, alpha=-1 / s.tokens) if weights.output_bias is not None else s.hh.clone()
-
-
-def head_importance(block: Block, s: BlockStatistics, c: Tensor, how: ClosedForm) -> tuple[Tensor, Tensor]:
-    """Scores of each query head [heads] and of each group [groups], by the rule that neurons are chosen by.
-
-    A head's energy is that of what it alone adds to the output, a group's the sum over its heads. A group's effect is that of
-    leaving out all its heads at once.
-
-    Raises ValueError for a rule that ranks neurons only, and for effects that were not measured.
-    """
-    if how.selection not in HEAD_SELECTIONS:
-        raise ValueError(f"Heads are kept by one of {', '.join(HEAD_SELECTIONS)}, got selection={how.selection!r}.")
-    weights = attention_weights(block)
-    members = torch.nn.functional.one_hot(weights.group_of.to(c.device)).to(c).T  # [groups, heads]
-    if how.selection == "random":
-        of_heads = torch.rand(len(weights.query), generator=torch.Generator().manual_seed(how.seed)).to(c)
-        return of_heads, members @ of_heads
-    output = weights.output.to(c)  # [heads, value_dim, hidden]
-    energy = ((_own(c, output) @ output) * output).sum((1, 2))
-    if how.selection == "energy" or how.selection == "auto" and s.effect is None:
-        return energy, members @ energy
-    if s.effect is None:
-        raise ValueError(f"{block.name}: no effects of heads. {ASK}")
-    effect = s.effect.to(c)[: len(energy), : len(energy)]  # [heads, heads]
-    of_heads, of_groups = effect.diagonal(), ((members @ effect) * members).sum(1)
-    if how.selection == "fisher":
-        return of_heads, of_groups
-    return (of_heads * energy).sqrt(), (of_groups * (members @ energy)).sqrt()
-
-
-def _own(c: Tensor, output: Tensor) -> Tensor:
-    """The moment of each head alone, [heads, value_dim, value_dim]."""
-    heads, dim, _ = output.shape
-    return c.view(heads, dim, heads, dim).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-
-def unit_importance(block: Block, s: BlockStatistics, how: ClosedForm, units: Tensor) -> Tensor:
-    """Scores of the units of queries and keys, [groups, units], by the rule that heads are chosen by.
-
-    The energy is Σ_i ‖q_i‖²·‖k‖² over the queries i that read a key (MoDeGPT, arXiv 2408.09632, has the square root of one
-    such product). Raises ValueError where it is asked for and there is no "input" moment.
-    """
-    weights = attention_weights(block)
-    if how.selection == "random":
-        return torch.rand(len(weights.key), len(units), generator=torch.Generator().manual_seed(how.seed)).to(s.sum_h)
-    effect = None
-    if s.effect is not None and how.selection != "energy":
-        effect = s.effect.diagonal()[len(weights.query) :].view(len(weights.key), -1).to(s.sum_h)
-    if how.selection == "fisher":
-        return effect
-    s.require(block, "input")
-    of_parts = (weights.query, weights.query_bias), (weights.key, weights.key_bias)
-    queries, keys = (_projected_energy(s, *of_part)[:, units].sum(-1) for of_part in of_parts)  # [heads or groups, units]
-    read = torch.zeros_like(keys).index_add_(0, weights.group_of.to(keys.device), queries)
-    return read * keys if effect is None else (effect * read * keys).sqrt()
-
-
-def _projected_energy(s: BlockStatistics, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Mean square of each output of a projection of the block's input, [heads, dim], from the moments of the input."""
-    weight = weight.to(s.xx)
-    energy = ((weight @ s.xx) * weight).sum(-1) / s.tokens
-    if bias is None:
-        return energy
-    return energy + 2 * bias.to(energy) * (weight @ (s.sum_x / s.tokens)) + bias.to(energy).square()
-
-
-def _kept_units(scores: Tensor, n: int) -> Tensor:
-    """True for the best ``n`` units of each group, [groups, units]."""
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(n, dim=1).indices, True)
-
-
-def units_left_out(families: Sequence[NarrowAttention], block: Block, s: BlockStatistics, how: ClosedForm) -> Iterator[Tensor]:
-    """For each of ``families``, which narrow queries and keys: True for the units that it leaves out of the groups that it keeps,
-    [groups of the block, units].
-    """
-    weights, units = attention_weights(block), key_units(block).to(s.sum_h.device)
-    of_units = unit_importance(block, s, how, units)
-    of_heads = head_importance(block, s, head_moment(block, s, weights), how)
-    for family in families:
-        heads = kept_heads(weights.group_of, *of_heads, family)
-        stays = torch.zeros(len(of_units), 1, dtype=torch.bool, device=of_units.device)
-        stays[weights.group_of.to(of_units.device)[heads]] = True
-        yield stays & ~_kept_units(of_units, family.key_dim // units.shape[1])
 
 
 def kept_heads(group_of: Tensor, of_heads: Tensor, of_groups: Tensor, family: NarrowAttention) -> Tensor:
@@ -169,60 +80,167 @@ class NarrowedHeads:
         return replace(w, **narrow, output=output, output_bias=self.bias).state() | {"_extra_state": kept}
 
 
-def narrowed(family: NarrowAttention, block: Block, s: BlockStatistics, how: ClosedForm) -> NarrowedHeads:
-    """W' = SᵀW + (SᵀCS + λI)⁻¹ SᵀC(W − SSᵀW): ridge regression of the block's output on H', towards the block's own weights.
+@dataclass(frozen=True)
+class HeadFits:
+    """All fits of :class:`~mlpreplace.replacements.NarrowAttention` to one block: what they share is computed once.
 
-    A block with an output bias has centred moments, and the bias takes up the mean.
+    Raises ValueError where there is no "hidden" moment, for a rule that ranks neurons only, and for effects that were not
+    measured.
     """
-    whole = attention_weights(block)
-    output, c = whole.output.to(s.hh), head_moment(block, s, whole)
-    heads = kept_heads(whole.group_of, *head_importance(block, s, c, how), family)
-    kept, dim = whole.of(heads), output.shape[1]
-    own, groups = _own(c, output), range(family.groups)
-    members = [heads[kept.group_of.to(heads.device) == group] for group in groups]
-    bases = torch.stack([value_basis(own[of].sum(0), output[of], family.value_dim) for of in members])
-    rows = (heads[:, None] * dim + torch.arange(dim, device=heads.device)).flatten()
-    keys = _kept_dimensions(family, block, s, how, whole.group_of.to(heads.device)[heads].unique())
-    found = NarrowedHeads(kept, rows, bases, output.flatten(0, 1)[rows], whole.output_bias, keys)
-    if len(rows) == len(c) and family.value_dim == dim:
-        return found  # the block itself
-    basis, w = found.basis, output.flatten(0, 1)
-    start, gram = basis.T @ w[rows], basis.T @ c[rows][:, rows] @ basis
-    target = basis.T @ (c[rows] @ w) - gram @ start
-    fitted = start + solved(factor(block, add_ridge(block, gram, how.ridge)), target)
-    bias = whole.output_bias
-    if bias is not None:
-        mean = s.sum_h / s.tokens
-        bias = bias.to(mean) + mean @ w - (mean[rows] @ basis) @ fitted
-    return replace(found, output=fitted, bias=bias)
+
+    block: Block
+    s: BlockStatistics  # on the block's device
+    how: ClosedForm
+
+    def __post_init__(self) -> None:
+        self.s.require(self.block, "hidden")
+        if self.how.selection not in HEAD_SELECTIONS:
+            raise ValueError(f"Heads are kept by one of {', '.join(HEAD_SELECTIONS)}, got selection={self.how.selection!r}.")
+        if self.s.effect is None and self.how.selection in ("fisher", "fisher_energy"):
+            raise ValueError(f"{self.block.name}: no effects of heads. {ASK}")
+
+    @cached_property
+    def weights(self) -> AttentionWeights:
+        return attention_weights(self.block)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """[heads, value_dim, hidden], in float64."""
+        return self.weights.output.to(self.s.hh)
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """C = HᵀH, [heads, value_dim, heads, value_dim]; centred where the block has an output bias to take up the mean."""
+        s, shape = self.s, (*self.output.shape[:2], *self.output.shape[:2])
+        centred = self.weights.output_bias is not None
+        return (s.hh.addr(s.sum_h, s.sum_h, alpha=-1 / s.tokens) if centred else s.hh).view(shape)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """The moment of each head alone, [heads, value_dim, value_dim]."""
+        return self.moment.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """CW, [heads, value_dim, hidden]."""
+        return (self.moment.flatten(2).flatten(0, 1) @ self.output.flatten(0, 1)).view_as(self.output)
+
+    @cached_property
+    def importance(self) -> tuple[Tensor, Tensor]:
+        """Scores of each query head [heads] and of each group [groups], by the rule that neurons are chosen by.
+
+        A head's energy is that of what it alone adds to the output, a group's the sum over its heads. A group's effect is that
+        of leaving out all its heads at once.
+        """
+        c, rule = self.own, self.how.selection
+        members = torch.nn.functional.one_hot(self.weights.group_of.to(c.device)).to(c).T  # [groups, heads]
+        if rule == "random":
+            of_heads = torch.rand(len(c), generator=torch.Generator().manual_seed(self.how.seed)).to(c)
+            return of_heads, members @ of_heads
+        energy = ((c @ self.output) * self.output).sum((1, 2))
+        if rule == "energy" or self.s.effect is None:
+            return energy, members @ energy
+        effect = self.s.effect.to(c)[: len(c), : len(c)]  # [heads, heads]
+        of_heads, of_groups = effect.diagonal(), ((members @ effect) * members).sum(1)
+        if rule == "fisher":
+            return of_heads, of_groups
+        return (of_heads * energy).sqrt(), (of_groups * (members @ energy)).sqrt()
+
+    @cached_property
+    def units(self) -> Tensor:
+        return key_units(self.block).to(self.s.sum_h.device)
+
+    @cached_property
+    def unit_importance(self) -> Tensor:
+        """Scores of the units of queries and keys, [groups, units], by the same rule.
+
+        The energy is Σ_i ‖q_i‖²·‖k‖² over the queries i that read a key (MoDeGPT, arXiv 2408.09632, has the square root of one
+        such product). Raises ValueError where it is asked for and there is no "input" moment.
+        """
+        w, s, rule, effect = self.weights, self.s, self.how.selection, None
+        if rule == "random":
+            return torch.rand(len(w.key), len(self.units), generator=torch.Generator().manual_seed(self.how.seed)).to(s.sum_h)
+        if s.effect is not None and rule != "energy":
+            effect = s.effect.diagonal()[len(w.query) :].view(len(w.key), -1).to(s.sum_h)
+        if rule == "fisher":
+            return effect
+        s.require(self.block, "input")
+        of_parts = (w.query, w.query_bias), (w.key, w.key_bias)
+        queries, keys = (_projected_energy(s, *of_part)[:, self.units].sum(-1) for of_part in of_parts)
+        energy = keys * torch.zeros_like(keys).index_add_(0, w.group_of.to(keys.device), queries)
+        return energy if effect is None else (effect * energy).sqrt()
+
+    def kept(self, family: NarrowAttention) -> Tensor:
+        """The query heads to keep, [heads], ascending."""
+        return kept_heads(self.weights.group_of, *self.importance, family)
+
+    def kept_units(self, family: NarrowAttention) -> Tensor:
+        """True for the units of queries and keys that are kept, [groups of the block, units]."""
+        best = self.unit_importance.topk(family.key_dim // self.units.shape[1], dim=1).indices
+        return torch.zeros_like(self.unit_importance, dtype=torch.bool).scatter_(1, best, True)
+
+    def units_left_out(self, family: NarrowAttention) -> Tensor:
+        """True for the units that are left out of groups that are kept, [groups of the block, units]."""
+        stays = torch.zeros(len(self.unit_importance), 1, dtype=torch.bool, device=self.units.device)
+        stays[self.weights.group_of.to(self.units.device)[self.kept(family)]] = True
+        return stays & ~self.kept_units(family)
+
+    def narrowed(self, family: NarrowAttention) -> NarrowedHeads:
+        """W' = SᵀW + (SᵀCS + λI)⁻¹ SᵀC(W − SSᵀW): ridge regression of the block's output on H', towards the block's own weights.
+
+        A block with an output bias has centred moments, and the bias takes up the mean.
+        """
+        heads, dim = self.kept(family), self.output.shape[1]
+        weights, w = self.weights.of(heads), self.output[heads]
+        of_group = weights.group_of.to(heads.device)
+        members = [heads[of_group == group] for group in range(family.groups)]
+        bases = torch.stack([value_basis(self.own[of].sum(0), self.output[of], family.value_dim) for of in members])
+        rows = (heads[:, None] * dim + torch.arange(dim, device=heads.device)).flatten()
+        keys = None
+        if family.key_dim is not None:  # the first of all units before the second, as ``turned`` pairs them
+            groups = self.weights.group_of.to(heads.device)[heads].unique()
+            keys = torch.stack([self.units[of].T.flatten() for of in self.kept_units(family)[groups]])
+        found = NarrowedHeads(weights, rows, bases, w.flatten(0, 1), self.weights.output_bias, keys)
+        if len(heads) == len(self.output) and family.value_dim == dim:
+            return found  # the block itself
+        basis = bases[of_group]  # [heads, value_dim of the block, value_dim]
+        start = (basis.mT @ w).flatten(0, 1)
+        within = torch.einsum("hdke,ker->hdkr", self.moment[heads][:, :, heads], basis)
+        gram = (basis.mT @ within.flatten(2)).flatten(0, 1)
+        target = (basis.mT @ self.target[heads]).flatten(0, 1) - gram @ start
+        fitted = start + solved(factor(self.block, add_ridge(self.block, gram, self.how.ridge)), target)
+        if (bias := self.weights.output_bias) is not None:
+            mean = (self.s.sum_h / self.s.tokens).view(len(self.output), 1, dim)
+            of_kept = (mean[heads] @ basis).flatten() @ fitted
+            bias = bias.to(mean) + mean.flatten() @ self.output.flatten(0, 1) - of_kept
+        return replace(found, output=fitted, bias=bias)
+
+    @torch.inference_mode()
+    def error(self, family: NarrowAttention, h: Tensor) -> Tensor:
+        """What the fitted module gives less what the block gives, [..., hidden], from outputs h of its heads [..., inner].
+
+        Where scores of kept heads stay as they are, the output is linear in h. What narrower queries and keys change is not in
+        it.
+        """
+        found, own = self.narrowed(family), self.weights.output_bias
+        change = -self.output.flatten(0, 1)  # [inner, hidden]
+        change[found.rows] += found.basis @ found.output
+        h = h.to(self.block.device, torch.promote_types(h.dtype, torch.float32))
+        error = h @ change.to(h)
+        return error if own is None else error + (found.bias.to(change) - own.to(change)).to(h)
+
+    def errors(self, family: NarrowAttention, sample: Sample) -> Errors | None:
+        """On the real tokens of a sample; None where it holds no outputs of heads, and for narrower queries and keys."""
+        if sample.h is None or family.key_dim is not None:
+            return None
+        sample = sample.to(self.block.device)
+        return errors_of(sample.y + self.error(family, sample.h), sample)
 
 
-def _kept_dimensions(family: NarrowAttention, block: Block, s: BlockStatistics, how: ClosedForm, groups: Tensor) -> Tensor | None:
-    """[groups, key_dim], the first of all units before the second, as :func:`~mlpreplace.models.attention.turned` pairs them."""
-    if family.key_dim is None:
-        return None
-    units = key_units(block).to(s.sum_h.device)
-    kept = _kept_units(unit_importance(block, s, how, units), family.key_dim // units.shape[1])
-    return torch.stack([units[of].T.flatten() for of in kept[groups]])
-
-
-@torch.inference_mode()
-def narrowed_error(family: NarrowAttention, block: Block, s: BlockStatistics, how: ClosedForm, h: Tensor) -> Tensor:
-    """What the fitted module gives less what the block gives, [..., hidden], from outputs h of the block's heads [..., inner].
-
-    Where scores of kept heads stay as they are, the output is linear in h. What narrower queries and keys change is not in it.
-    """
-    found, whole = narrowed(family, block, s.to(block.device), how), attention_weights(block)
-    change = -whole.output.to(found.output).flatten(0, 1)  # [inner, hidden]
-    change[found.rows] += found.basis @ found.output
-    h = h.to(block.device, torch.promote_types(h.dtype, torch.float32))
-    error = h @ change.to(h)
-    return error if found.bias is None else error + (found.bias.to(found.output) - whole.output_bias.to(found.output)).to(h)
-
-
-def narrowed_errors(family: NarrowAttention, block: Block, s: BlockStatistics, how: ClosedForm, sample: Sample) -> Errors | None:
-    """Errors on the real tokens of a sample; None where it holds no outputs of heads, and for narrower queries and keys."""
-    if sample.h is None or family.key_dim is not None:
-        return None
-    sample = sample.to(block.device)
-    return errors_of(sample.y + narrowed_error(family, block, s, how, sample.h), sample)
+def _projected_energy(s: BlockStatistics, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Mean square of each output of a projection of the block's input, [heads, dim], from the moments of the input."""
+    weight = weight.to(s.xx)
+    energy = ((weight @ s.xx) * weight).sum(-1) / s.tokens
+    if bias is None:
+        return energy
+    return energy + 2 * bias.to(energy) * (weight @ (s.sum_x / s.tokens)) + bias.to(energy).square()

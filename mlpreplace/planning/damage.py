@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..evaluation.perplexity import compare
 from ..fitting.candidate_errors import Candidate, candidate_errors
-from ..fitting.heads import units_left_out
+from ..fitting.heads import HeadFits
 from ..fitting.neurons import ClosedForm
 from ..models.architectures import known_here
 from ..models.attention import attention_weights, key_units
@@ -163,8 +163,8 @@ def _felt_of_keys(
     if not narrower:
         return {}
     felt = seen.keys.to(block.device, torch.float64)  # [windows, seq_len, groups · units]
-    left_out = units_left_out(list(narrower.values()), block, s, ClosedForm())
-    return {i: felt @ units.flatten().to(felt) for i, units in zip(narrower, left_out, strict=True)}
+    fits = HeadFits(block, s, ClosedForm())
+    return {i: felt @ fits.units_left_out(family).flatten().to(felt) for i, family in narrower.items()}
 
 
 def measured_damage(

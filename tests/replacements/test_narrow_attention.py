@@ -12,6 +12,8 @@ from torch.testing import assert_close
 from transformers import StaticCache
 
 from mlpreplace import capture, find_blocks, fit, heal, splice, spliced
+from mlpreplace.fitting.heads import HeadFits
+from mlpreplace.fitting.neurons import ClosedForm
 from mlpreplace.models import NotApplicable
 from mlpreplace.models.attention import attention_weights, key_units, query_columns
 from mlpreplace.models.weights import weight_bias
@@ -123,9 +125,6 @@ def test_heads_and_dimensions_that_nothing_needs_are_left_out_without_loss(name)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_module_in_place_computes_what_the_moments_say(name):
     """The regression is solved from HᵀH of the dense heads; the module projects, rotates and attends anew."""
-    from mlpreplace.fitting.heads import narrowed
-    from mlpreplace.fitting.neurons import ClosedForm
-
     model, blocks, stats = captured(name)
     block, seen = blocks[1], {}
 
@@ -138,7 +137,7 @@ def test_the_module_in_place_computes_what_the_moments_say(name):
         with spliced(model, {block: fit(block, stats, size)}):
             with model.get_submodule(block.paths[0]).register_forward_hook(keep_output):
                 outputs(model, name)
-        found = narrowed(size, block, stats[block], ClosedForm())
+        found = HeadFits(block, stats[block], ClosedForm()).narrowed(size)
         expected = seen["h"][..., found.rows].double() @ found.basis @ found.output
         expected = expected if found.bias is None else expected + found.bias
         assert_close(seen["y"].double(), expected, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mlpreplace import NarrowMLP, capture, find_blocks, fit
-from mlpreplace.fitting.heads import units_left_out
+from mlpreplace.fitting.heads import HeadFits
 from mlpreplace.fitting.neurons import ClosedForm
 from mlpreplace.models.attention import attention_weights, key_units, query_columns
 from mlpreplace.models.blocks import block_neurons
@@ -87,7 +87,7 @@ def test_the_price_of_narrower_keys_is_half_the_effect_of_what_is_left_out(name)
         n, (groups, value_dim, _) = len(attention_weights(block).query), attention_weights(block).value.shape
         narrow = NarrowAttention(n, groups, value_dim, 4)
         (price,) = second_order_damage(model, {block: [narrow]}, WINDOWS, stats, **QUIET)[block]
-        left_out = next(units_left_out([narrow], block, stats[block], ClosedForm())).flatten()
+        left_out = HeadFits(block, stats[block], ClosedForm()).units_left_out(narrow).flatten()
         of_units = effects[block][n:, n:]
         assert_close(price, of_units[left_out][:, left_out].sum().item() / (2 * PREDICTED), rtol=1e-4, atol=0)
 
