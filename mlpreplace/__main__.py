@@ -83,8 +83,10 @@ def _compress(options: Namespace, out: Path) -> None:
     )
     plan = _ours(model, windows, validation, options) if options.method in OURS else _theirs(model, windows, validation, options)
     if options.healing_steps:
+        how = Healing(steps=options.healing_steps)
+        unseen = _unseen(options, tokenizer, options.healing_steps * how.batch_windows)
         _say(f"heal, {options.healing_steps} steps")
-        plan, report = heal(model, plan, windows, validation, Healing(steps=options.healing_steps), cached=True)
+        plan, report = heal(model, plan, windows if unseen is None else unseen, validation, how, cached=True)
         if not report.improved:
             print("Healing did not lower the validation KL: the plan stays as it was.", file=sys.stderr)
     before, dense = model.num_parameters(), _perplexities(model, held)
@@ -145,6 +147,16 @@ def _ours(model: nn.Module, windows: Tensor, validation: Tensor, options: Namesp
     chosen = choose(model, stats, options.sparsity, **joint, memory_budget=options.memory_budget)
     _say("fit, front to back")
     return refit(model, chosen, windows, stats, validation=validation, cached=True).plan
+
+
+def _unseen(options: Namespace, tokenizer, number: int) -> Tensor | None:
+    """Calibration windows behind those that the fits saw, which teach more; None where the text has too few."""
+    sizes = dict(seq_len=options.seq_len, n_windows=options.windows + number)
+    try:
+        return load_windows(options.text, tokenizer, "calibration", **sizes, progress=False)[options.windows :]
+    except ValueError as error:
+        print(f"Healing reads what the fits saw: {error}", file=sys.stderr)
+        return None
 
 
 def _theirs(model: nn.Module, windows: Tensor, validation: Tensor, options: Namespace) -> Plan:

@@ -73,6 +73,20 @@ def test_healing_changes_what_is_saved_and_one_width_is_a_plain_checkpoint(given
     assert weights[0].shape == weights[1].shape and not torch.equal(*weights)
 
 
+@pytest.mark.parametrize(("steps", "enough"), [(3, True), (3000, False)])
+def test_healing_reads_what_the_fits_did_not_see_where_there_is_enough(steps, enough, given, tmp_path, monkeypatch, capsys):
+    folder, text, options, calibration = given
+    read = []
+    monkeypatch.setattr("mlpreplace.__main__.heal", lambda model, plan, ids, *_, **__: read.append(ids) or pytest.fail("enough"))
+    asked = ["--sparsity", "0.25", "--method", "uniform", "--healing-steps", str(steps), "--out", str(tmp_path / "out")]
+    with pytest.raises(pytest.fail.Exception):
+        main(["compress", folder, *asked, *calibration, *options])
+    seen = load_windows(text, load_model(folder, device="cpu")[1], seq_len=SEQ_LEN, n_windows=12)
+    both = {tuple(window) for window in seen.tolist()} & {tuple(window) for window in read[0].tolist()}
+    assert len(both) == (0 if enough else len(seen)) and len(read[0]) == (2 * steps if enough else len(seen))
+    assert ("what the fits saw" in capsys.readouterr().err) != enough
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -207,6 +207,10 @@ def heal(
 ) -> Improved:
     """Distil the replacements of ``plan`` together; neither ``plan`` nor ``model`` changes.
 
+    Windows that the fits did not see teach more, since on those that they saw the student errs less than it does elsewhere. At
+    25 % sparsity 48 steps took a 135M-parameter Llama from ×1.41 (on speeches ×1.49) the dense perplexity to ×1.31 (×1.40) on the
+    64 windows of the fits, and to ×1.26 (×1.36) on 96 others of the same texts.
+
     Args:
         model: the dense causal language model: the teacher, and with ``plan`` in place the student.
         windows: token ids to learn from [windows, seq_len]; gone through in random order, again and again if need be.
