@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .architectures import layer_lists
 from .blocks import Block
-from .forward import State, copied_state, handing_on, hidden_states, place_of, recording, run_layers, watching, with_hidden_states
+from .forward import State, copied_state, handing_on, hidden_states, place_of, recording, run_layers, watching
 from .inputs import Batch, input_device, on_device
 
 
 @dataclass
-class Pass:
-    """One run of one layer on one batch, and of a block in it or of its replacement."""
+class Seen:
+    """A block, or its replacement, in a run of its layer."""
 
-    state: State = ()  # what the layer returns
-    x: Tensor | None = None  # input of the block, in the shape that the layer gives it
-    y: Tensor | None = None  # output of the block
+    x: Tensor | None = None  # what enters it, in the shape that the layer gives it
+    y: Tensor | None = None  # what leaves it
     after: nn.Module | None = None  # the norm between y and the residual stream (Gemma 2)
-
-    @property
-    def stream(self) -> Tensor:
-        """The residual stream that leaves the layer, [batch, seq_len, hidden]."""
-        return hidden_states(self.state)
-
-    def with_stream(self, stream: Tensor) -> State:
-        """What the layer returns, with ``stream`` in place of its residual stream."""
-        return with_hidden_states(self.state, stream.reshape(self.stream.shape).to(self.stream))
 
     def added(self, y: Tensor) -> Tensor:
         """What a block with the output ``y`` adds to the residual stream, in the shape of ``y``."""
@@ -75,7 +65,7 @@ class Walk:
             What the last of these layers returns, the model's own tensor.
         """
         start, then = self.at[batch], stop if then is None else then
-        seen, kept = [], {start: self.states[batch]}
+        seen, kept = [], {}
         state = None if self.states[batch] is None else copied_state(self.states[batch], self.device)
         with ExitStack() as stack:
             stack.enter_context(watching(self.layers[stop - 1], leave=seen.append))
@@ -86,8 +76,8 @@ class Walk:
             run_layers(self.model, on_device(self.batches[batch], self.model))
         if then == stop:
             kept[then] = seen[-1]
-        self.at[batch] = then
-        self.states[batch] = None if kept[then] is None else copied_state(kept[then], "cpu")
+        if then != start:
+            self.at[batch], self.states[batch] = then, copied_state(kept[then], "cpu")
         return seen[-1]
 
     def logits(self, batch: int) -> Tensor:
@@ -96,20 +86,28 @@ class Walk:
         with handing_on(self.layers, lambda: state):
             return self.model(**on_device(self.batches[batch], self.model), use_cache=False).logits
 
-    def step(self, batch: int, block: Block | None = None) -> Pass:
-        """Run the next layer on one batch. The result shows ``block`` of the layer, if given."""
-        seen = Pass()
+    def step(self, batch: int, *blocks: Block, stay: bool = False) -> tuple[State, list[Seen]]:
+        """Run the next layer on one batch: what it returns, the model's own tensor, and what ``blocks`` of it did.
+
+        Args:
+            stay: whether the batch stays in front of the layer, which will run again.
+        """
+        seen = [Seen() for _ in blocks]
         with ExitStack() as stack:
-            if block is not None:
-                first, last, host = place_of(self.model, block)
-                seeing = dict(
-                    enter=lambda x, beside: setattr(seen, "x", x.clone()),
-                    leave=lambda output: setattr(seen, "y", hidden_states(output).clone()),
-                    follow=lambda module: setattr(seen, "after", module),
-                )
-                stack.enter_context(watching(first, last, **seeing, within=host))
-            seen.state = self.run(batch, self.at[batch] + 1)
-        return seen
+            for block, of_block in zip(blocks, seen, strict=True):
+                stack.enter_context(_seeing(self.model, block, of_block))
+            at = self.at[batch]
+            return self.run(batch, at + 1, at if stay else None), seen
 
 
-# Memory of a backward pass
+def _seeing(model: nn.Module, block: Block, seen: Seen) -> AbstractContextManager:
+    """Fill ``seen`` with copies, since a layer may write into its tensors."""
+    first, last, host = place_of(model, block)
+    return watching(
+        first,
+        last,
+        enter=lambda x, beside: setattr(seen, "x", x.clone()),
+        leave=lambda output: setattr(seen, "y", hidden_states(output).clone()),
+        follow=lambda module: setattr(seen, "after", module),
+        within=host,
+    )

@@ -13,16 +13,25 @@ from ..fitting.ridge import centred, least_squares
 from ..models.blocks import Block
 from ..replacements.families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP
 from ..replacements.narrow_attention import NarrowAttention
+from ..statistics.accumulator import gram
 
 
 @dataclass(frozen=True)
 class ReadOut:
-    """A module as a linear map of features: g(x) = Σᵢ Wᵢ fᵢ(x) + b."""
+    """A module as a linear map of features: g(x) = Σᵢ Wᵢ fᵢ(x) + b, and what else it may add to every token."""
 
     features: Callable[[Tensor], Tensor] | None  # [..., hidden] → [..., width], all fᵢ side by side; None: what ``layer`` reads
     weights: tuple[nn.Parameter, ...]  # [hidden, width of fᵢ] each
     bias: nn.Parameter | None  # [hidden]
     layer: nn.Module | None = None
+    constant: nn.Parameter | None = None  # [hidden], which stays as it is
+
+    def output(self, features: Tensor) -> Tensor:
+        """g(x) of features of x, [..., hidden]."""
+        if not self.weights:
+            return self.bias.expand(*features.shape[:-1], -1)
+        y = nn.functional.linear(features, torch.cat(self.weights, 1), self.bias)
+        return y if self.constant is None else y + self.constant
 
 
 @singledispatch
@@ -61,7 +70,8 @@ def _(family: NarrowAttention, body: nn.Module) -> ReadOut:
 def _(family: NarrowPlusLinear, body: nn.Module) -> ReadOut:
     inward, outward = body.linear
     weights = body.mlp.down.weight, outward.weight
-    return ReadOut(lambda x: torch.cat([body.mlp.neurons(x), inward(x)], -1), weights, outward.bias)
+    own = body.mlp.down.bias
+    return ReadOut(lambda x: torch.cat([body.mlp.neurons(x), inward(x)], -1), weights, outward.bias, constant=own)
 
 
 class Regression:
@@ -79,8 +89,8 @@ class Regression:
         if unseen:
             self.unseen.append((f, error, weight))
             return
-        wf, we = weight * f, weight * error
-        of_batch = weight.sum(), wf.sum(0), we.sum(0), wf.T @ f, wf.T @ error, (we * error).sum()
+        wf, we, root = weight * f, weight * error, weight.sqrt()
+        of_batch = weight.sum(), wf.sum(0), we.sum(0), gram(root * f), wf.T @ error, (we * error).sum()
         self.sums = self.sums or [torch.zeros_like(s, dtype=torch.float64) for s in of_batch]
         for total, s in zip(self.sums, of_batch, strict=True):
             total += s

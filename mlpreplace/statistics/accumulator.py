@@ -19,7 +19,7 @@ GRAM_PARTS = 4  # of the columns; 5/8 of all products are made, with 8 parts it 
 def gram(rows: Tensor) -> Tensor:
     """RᵀR of rows [tokens, n]. It is symmetric: products are made of blocks on and below its diagonal, and copied above."""
     n = rows.shape[1]
-    total, size = rows.new_empty(n, n), -(-n // GRAM_PARTS)
+    total, size = rows.new_empty(n, n), max(1, -(-n // GRAM_PARTS))
     for start in range(0, n, size):
         stop = min(start + size, n)
         total[start:, start:stop] = rows[:, start:].T @ rows[:, start:stop]

@@ -30,12 +30,15 @@ def test_a_walk_is_the_model_layer_by_layer(name):
     walk = Walk(model, batches)
     for block in find_blocks(model):
         for n, ids in enumerate(batches):
-            step, seen = walk.step(n, block), seen_in_a_pass(model, block, ids)
-            assert torch.equal(step.x, seen["x"]) and torch.equal(step.y, seen["y"])
-            assert torch.equal(step.stream, seen["stream"]) and torch.equal(hidden_states(walk.states[n]), seen["stream"])
-            assert (step.after is not None) == (name == "gemma2")
-            assert torch.equal(step.added(step.y), step.y if step.after is None else step.after(step.y))
-            assert torch.equal(hidden_states(step.with_stream(step.stream + 1)), step.stream + 1)
+            at, seen = walk.at[n], seen_in_a_pass(model, block, ids)
+            for stay in (True, False):
+                state, (step,) = walk.step(n, block, stay=stay)
+                assert walk.at[n] == at + (not stay)
+                assert torch.equal(step.x, seen["x"]) and torch.equal(step.y, seen["y"])
+                assert torch.equal(hidden_states(state), seen["stream"])
+                assert (step.after is not None) == (name == "gemma2")
+                assert torch.equal(step.added(step.y), step.y if step.after is None else step.after(step.y))
+            assert torch.equal(hidden_states(walk.states[n]), seen["stream"])
     for n, ids in enumerate(batches):
         assert torch.equal(walk.logits(n), model(ids).logits)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
