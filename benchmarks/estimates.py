@@ -252,7 +252,7 @@ def refits(run: Compression) -> Step:
     seconds = run.of.layers * each + 2 * run.forward(windows) + run.plan / DISK
     seconds += run.pass_seconds if len(run.groups) > 1 else 0
     gpu = run.group + max(run.capturing, run.fitting, run.refitting)
-    host = max(run.walking + 3 * states, 2 * run.plan)
+    host = max(run.walking + 4 * states, 2 * run.plan)
     return Step("fit, refit", gpu, host, seconds, run.weights + run.plan / run.gpus)
 
 

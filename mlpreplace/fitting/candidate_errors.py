@@ -65,9 +65,8 @@ def candidate_errors(
             f"{block.name}: what enters the block does not tell the error of narrower attention. Price the family, before it is "
             "fitted, by second_order_damage(model, candidates, windows, stats), or by measured_damage."
         )
-    fits = HeadFits(block, s, how) if attending else None
-    for i, family in attending.items():
-        yield i, fits.error(family, h)
+    if attending:
+        yield from HeadFits(block, s, how).errors_on(attending, h)
     if narrow:
         yield from _narrow_errors(block, narrow, s, x, how)
     if low:

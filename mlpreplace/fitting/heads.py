@@ -8,6 +8,7 @@ whole ones, until it is refitted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -55,19 +56,22 @@ def value_basis(c: Tensor, output: Tensor, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NarrowedHeads:
-    """What a :class:`~mlpreplace.replacements.NarrowAttention` keeps, and the regression on it. S maps H to what is kept."""
+    """What a :class:`~mlpreplace.replacements.NarrowAttention` keeps, and the regression on it."""
 
     weights: AttentionWeights  # of the kept heads, whole
-    rows: Tensor  # [kept] columns of H that belong to them
+    heads: Tensor  # [heads] which they are
     bases: Tensor  # [groups, value_dim of the block, value_dim]
     output: Tensor  # [heads · value_dim, hidden] W'
     bias: Tensor | None  # [hidden]
     keys: Tensor | None  # [groups, key_dim] dimensions of queries and keys of each group; None for all
 
-    @property
-    def basis(self) -> Tensor:
-        """From the kept columns of H to H' = HS, [kept, heads · value_dim]."""
-        return torch.block_diag(*self.bases[self.weights.group_of.to(self.bases.device)])
+    def features(self, h: Tensor) -> Tensor:
+        """H' = HS of outputs of all heads [..., heads of the block, value_dim of the block], [..., heads · value_dim]."""
+        kept = h[..., self.heads, :]
+        if self.bases.shape[1] == self.bases.shape[2]:  # the identity
+            return kept.flatten(-2)
+        basis = self.bases[self.weights.group_of.to(self.bases.device)].to(h)
+        return torch.einsum("...hd,hdr->...hr", kept, basis).flatten(-2)
 
     def state(self) -> dict[str, Tensor]:
         """State dict of a :class:`~mlpreplace.replacements.narrow_attention.HeadAttention`, without the norms of heads."""
@@ -186,7 +190,7 @@ class HeadFits:
         return stays & ~self.kept_units(family)
 
     def narrowed(self, family: NarrowAttention) -> NarrowedHeads:
-        """W' = SᵀW + (SᵀCS + λI)⁻¹ SᵀC(W − SSᵀW): ridge regression of the block's output on H', towards the block's own weights.
+        """W' = (SᵀCS + λI)⁻¹ (SᵀCW + λSᵀW): ridge regression of the block's output on H', towards the block's own weights.
 
         A block with an output bias has centred moments, and the bias takes up the mean.
         """
@@ -195,20 +199,19 @@ class HeadFits:
         of_group = weights.group_of.to(heads.device)
         members = [heads[of_group == group] for group in range(family.groups)]
         bases = torch.stack([value_basis(self.own[of].sum(0), self.output[of], family.value_dim) for of in members])
-        rows = (heads[:, None] * dim + torch.arange(dim, device=heads.device)).flatten()
         keys = None
         if family.key_dim is not None:  # the first of all units before the second, as ``turned`` pairs them
             groups = self.weights.group_of.to(heads.device)[heads].unique()
             keys = torch.stack([self.units[of].T.flatten() for of in self.kept_units(family)[groups]])
-        found = NarrowedHeads(weights, rows, bases, w.flatten(0, 1), self.weights.output_bias, keys)
+        found = NarrowedHeads(weights, heads, bases, w.flatten(0, 1), self.weights.output_bias, keys)
         if len(heads) == len(self.output) and family.value_dim == dim:
             return found  # the block itself
         basis = bases[of_group]  # [heads, value_dim of the block, value_dim]
-        start = (basis.mT @ w).flatten(0, 1)
         within = torch.einsum("hdke,ker->hdkr", self.moment[heads][:, :, heads], basis)
         gram = (basis.mT @ within.flatten(2)).flatten(0, 1)
-        target = (basis.mT @ self.target[heads]).flatten(0, 1) - gram @ start
-        fitted = start + solved(factor(self.block, add_ridge(self.block, gram, self.how.ridge)), target)
+        ridge = self.how.ridge * gram.diagonal().mean()
+        target = (basis.mT @ (self.target[heads] + ridge * w)).flatten(0, 1)
+        fitted = solved(factor(self.block, add_ridge(self.block, gram, self.how.ridge)), target)
         if (bias := self.weights.output_bias) is not None:
             mean = (self.s.sum_h / self.s.tokens).view(len(self.output), 1, dim)
             of_kept = (mean[heads] @ basis).flatten() @ fitted
@@ -216,25 +219,27 @@ class HeadFits:
         return replace(found, output=fitted, bias=bias)
 
     @torch.inference_mode()
-    def error(self, family: NarrowAttention, h: Tensor) -> Tensor:
-        """What the fitted module gives less what the block gives, [..., hidden], from outputs h of its heads [..., inner].
+    def errors_on(self, families: Mapping[int, NarrowAttention], h: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(key, what the fitted module gives less what the block gives, [..., hidden]) from outputs h of its heads [..., inner].
 
         Where scores of kept heads stay as they are, the output is linear in h. What narrower queries and keys change is not in
         it.
         """
-        found, own = self.narrowed(family), self.weights.output_bias
-        change = -self.output.flatten(0, 1)  # [inner, hidden]
-        change[found.rows] += found.basis @ found.output
         h = h.to(self.block.device, torch.promote_types(h.dtype, torch.float32))
-        error = h @ change.to(h)
-        return error if own is None else error + (found.bias.to(change) - own.to(change)).to(h)
+        own, by_head = h @ self.output.flatten(0, 1).to(h), h.unflatten(-1, self.output.shape[:2])
+        bias = self.weights.output_bias
+        for key, family in families.items():
+            found = self.narrowed(family)
+            error = found.features(by_head) @ found.output.to(h) - own
+            yield key, error if bias is None else error + (found.bias - bias.to(found.bias)).to(h)
 
     def errors(self, family: NarrowAttention, sample: Sample) -> Errors | None:
         """On the real tokens of a sample; None where it holds no outputs of heads, and for narrower queries and keys."""
         if sample.h is None or family.key_dim is not None:
             return None
         sample = sample.to(self.block.device)
-        return errors_of(sample.y + self.error(family, sample.h), sample)
+        ((_, error),) = self.errors_on({0: family}, sample.h)
+        return errors_of(sample.y + error, sample)
 
 
 def _projected_energy(s: BlockStatistics, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ def refit(
     nor do other families and maps in the place of attention; what comes after these is fitted with them in place.
 
     However many blocks are refitted, it costs one dense forward pass over ``windows`` and a second pass over the layers from the
-    first replaced to the last refitted one. Held on the CPU: 5 · tokens · hidden numbers, in the model's dtype.
+    first replaced to the last refitted one. Held on the CPU: 4 · tokens · hidden numbers, in the model's dtype.
 
     Args:
         plan: does not change. Each new replacement has the ``.report`` of the first fit. What :func:`~mlpreplace.planning.choose`

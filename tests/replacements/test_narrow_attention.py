@@ -138,7 +138,8 @@ def test_the_module_in_place_computes_what_the_moments_say(name):
             with model.get_submodule(block.paths[0]).register_forward_hook(keep_output):
                 outputs(model, name)
         found = HeadFits(block, stats[block], ClosedForm()).narrowed(size)
-        expected = seen["h"][..., found.rows].double() @ found.basis @ found.output
+        h = seen["h"].double().unflatten(-1, attention_weights(block).output.shape[:2])
+        expected = found.features(h) @ found.output
         expected = expected if found.bias is None else expected + found.bias
         assert_close(seen["y"].double(), expected, rtol=1e-4, atol=1e-5)
 
