@@ -138,7 +138,7 @@ def _ours(model: nn.Module, windows: Tensor, validation: Tensor, options: Namesp
     parts = dict(validation_windows=0, sample_windows=sampled)
     stats = capture(model, blocks, windows, moments=moments, **parts, memory_budget=options.memory_budget, cached=True)
     _say("effects of neurons and heads")
-    some = torch.cat([validation, windows[:: max(1, len(windows) // len(validation))]])
+    some = torch.cat([validation, windows[: len(validation)]])  # the first: every prefix has a mixture's shares
     stats = with_effects(stats, fisher_effects(model, blocks, some, cached=True))
     _say("choose among candidates")
     joint = (

@@ -17,7 +17,7 @@ from ..statistics.moments import Statistics, capture
 from ..statistics.residual_stream import Span, StreamStatistics, capture_spans, capture_stream
 from .calibration import Calibration
 
-CHOICE_WINDOWS = 16  # or more, evenly spaced, choose layers and blocks: means of cosines settle within a few thousand tokens
+CHOICE_WINDOWS = 16  # choose layers and blocks: means of cosines settle within a few thousand tokens
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def calibrate(
 ) -> Calibration:
     """What ``methods`` need to know of the calibration text to remove ``sparsities`` of the dense ``model``, and no more.
 
-    At most three passes. The first, over 16 to 31 evenly spaced windows, measures how the residual stream moves, which decides
-    the spans of layers. The second captures these spans, the third the blocks, both over all windows.
+    At most three passes. The first, over the first 16 windows, which have the shares of a mixture, measures how the residual
+    stream moves, which decides the spans of layers. The second captures these spans, the third the blocks, both over all windows.
 
     Args:
         windows: token ids [windows, seq_len]; the last ``validation_windows`` of them enter no moment.
@@ -120,8 +120,7 @@ def calibrate(
     needs = [METHODS[name].needs for name in methods]
     options, stream = dict(batch_size=batch_size, cached=cached, progress=progress), None
     if any(n.stream or n.spans for n in needs):
-        fitted = len(windows) - validation_windows
-        some = slice(0, max(fitted, 0), max(1, fitted // CHOICE_WINDOWS))
+        some = slice(0, min(max(len(windows) - validation_windows, 0), CHOICE_WINDOWS))
         stream = capture_stream(model, windows[some], None if mask is None else mask[some], **options)
     spans = {span for n in needs if n.spans for sparsity in sparsities for span in n.spans(model, stream, sparsity)}
     options |= dict(mask=mask, validation_windows=validation_windows)

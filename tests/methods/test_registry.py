@@ -213,12 +213,13 @@ def test_one_calibration_serves_all_sparsities():
     assert calibration.stream.tokens == 5 * 12
 
 
-def test_layers_are_chosen_by_evenly_spaced_windows_that_are_fitted_on():
-    """Of the 37, every second."""
-    model, ids = deep("llama"), random_windows(41, 8)
+@pytest.mark.parametrize(("given", "read"), [(41, 16), (9, 5)])
+def test_layers_are_chosen_by_the_first_windows_that_are_fitted_on(given, read):
+    """Every prefix of a mixture's windows has its shares; windows at equal distances may be of one text alone."""
+    model, ids = deep("llama"), random_windows(given, 8)
     some = calibrate(model, ids, [0.2], methods=["uidl"], progress=False).stream
-    assert some.tokens == 19 * 8
-    assert torch.equal(some.distance, capture_stream(model, ids[:37:2], progress=False).distance)
+    assert some.tokens == read * 8
+    assert torch.equal(some.distance, capture_stream(model, ids[:read], progress=False).distance)
 
 
 def test_statistics_that_are_there_are_taken(llama):
