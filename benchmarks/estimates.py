@@ -232,7 +232,7 @@ def prices(run: Compression) -> Step:
 
 
 def choices(run: Compression) -> Step:
-    """Layer by layer, with the fits of one; at most six choices, each with candidates of its own."""
+    """Layer by layer, with the fits of one; at most as many choices as prices of attention, each with candidates of its own."""
     fits = CHOICES * run.of.mlp.n_params * run.of.itemsize
     gpu = run.group + max(run.capturing, fits + run.fitting, run.scoring)
     states = run.states(run.validation)
