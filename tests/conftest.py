@@ -16,7 +16,8 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 
-from mlpreplace import capture, find_blocks, load_model
+from mlpreplace import capture, find_blocks, fit, load_model
+from mlpreplace.fitting.errors import sample_errors
 from mlpreplace.models.architectures import ARCHITECTURES
 from mlpreplace.runtime import cache, cache_dir
 from mlpreplace.statistics.moments import MOMENTS, BlockStatistics, Sample
@@ -233,3 +234,9 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path)
         yield browser
         browser.close()
+
+
+def train_error(block, stats, family, **options) -> float:
+    """Pooled error over all sampled tokens, with next to no ridge."""
+    small = fit(block, stats, family, **{"ridge": 1e-6, "samples": ()} | options)
+    return sample_errors(small, stats[block].train).pooled
