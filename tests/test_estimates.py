@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = [str(ROOT / "benchmarks"), str(ROOT / "notebooks")]
 sys.path[:0] = FOLDERS
 
-from estimates import MOMENTS, RESERVE, ROWS, Compression, row, steps, total  # noqa: E402
+from compression import MOMENTS, RESERVE, Compression  # noqa: E402
+from estimates import ROWS, row, steps, total  # noqa: E402
 from model_size import OTHERS, size, size_of  # noqa: E402
 from parameters import defaults  # noqa: E402
 
