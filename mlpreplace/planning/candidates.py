@@ -15,7 +15,7 @@ from ..statistics.records import Statistics
 
 Candidates = Mapping[Block, Sequence[Candidate]]
 Choice = Mapping[Block, Candidate]  # one for each block that is replaced
-WIDTH_STEPS = 12  # of NarrowMLP
+WIDTH_STEPS = 24  # of NarrowMLP
 LINEAR_SIZES = (0.125, 0.25, 0.375, 0.5)  # of NarrowPlusLinear, shares of an MLP block's parameters
 ATTENTION_SIZES = (0.05, 0.1, 0.2)  # of LowRank, shares of an attention block's parameters
 

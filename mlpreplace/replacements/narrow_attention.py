@@ -25,8 +25,8 @@ from ..models.attention import attention_weights, head_norms, key_units, turned
 from ..models.blocks import Block
 from .families import Family, check_sizes
 
-EIGHTHS = tuple(i / 8 for i in range(7, 0, -1))  # shares of heads, groups and value dimensions that a ladder keeps
-KEY_SHARES = (7 / 8, 3 / 4, 5 / 8, 1 / 2)  # of the dimensions of queries and keys
+SHARES = (15 / 16, 7 / 8, 13 / 16, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8)  # of heads, groups and value dimensions to keep
+KEY_SHARES = (15 / 16, 7 / 8, 3 / 4, 5 / 8, 1 / 2)  # of the dimensions of queries and keys
 POSITIONAL = "position_embeddings"  # cosines and sines [batch, seq_len, rotary], as layers hand them to attention
 
 
@@ -184,7 +184,7 @@ class NarrowAttention(Family):
 
     @classmethod
     def sizes(
-        cls, block: Block, shares: Iterable[float] = EIGHTHS, key_shares: Iterable[float] = KEY_SHARES
+        cls, block: Block, shares: Iterable[float] = SHARES, key_shares: Iterable[float] = KEY_SHARES
     ) -> list[NarrowAttention]:
         """Fewer heads; fewer groups, with values as they are or narrowed; narrower values of all heads. Each of these, and all
         heads as they are, with narrower queries and keys, where these can be narrowed.
