@@ -20,7 +20,7 @@ from ..replacements.families import Family
 from ..replacements.records import FitReport
 from ..replacements.splice import Improved, Plan, bodies, check_plan, copied
 from ..runtime.cache import cached
-from ..runtime.memory import WINDOWS, halving, on_disk
+from ..runtime.memory import WINDOWS, give_back, halving, on_disk
 from ..runtime.turns import turn
 from ..statistics.groups import InGroups, release
 from ..statistics.records import Statistics
@@ -148,6 +148,7 @@ def _put_away(done: Plan, stats: Statistics | None) -> None:
         for weight in bodies(done).parameters():
             if weight.device.type == "cpu":
                 weight.data = on_disk(weight.data)
+        give_back()
 
 
 def _fill(new: Plan, plan: Choice, stats: Statistics | None) -> None:
