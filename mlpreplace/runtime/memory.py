@@ -68,10 +68,15 @@ def on_disk(tensor: Tensor) -> Tensor:
 
 
 def give_back() -> None:
-    """Return freed memory of the host to the system. The C library of Linux keeps freed tensors of less than 32 MB."""
+    """Return memory of the host to the system, also that of tensors which only the garbage collector frees."""
     gc.collect()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Return freed memory of the host to the system. The C library of Linux keeps freed tensors of less than 32 MB."""
+    if sys.platform == "linux" and (trims := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trims(0)
 
 
 def windows_at_once(devices: Collection[torch.device], window_bytes: int) -> int:

@@ -20,7 +20,7 @@ from ..models.blocks import Block, block_neurons
 from ..models.forward import State, check_gradients, checkpointed, eval_mode, hidden_states, place_of, watching
 from ..models.inputs import check_batch_size, check_windows, input_device
 from ..runtime.cache import cached
-from ..runtime.memory import give_back, halving
+from ..runtime.memory import halving, trim
 from .gradients import WINDOWS, frozen, log_probabilities, loss_of
 
 
@@ -146,7 +146,7 @@ def _each_batch(
     generator = torch.Generator().manual_seed(seed)
     for ids in tqdm(batches, desc="gradients", unit="batch", disable=not progress, leave=False):
         _backward(model, blocks, ids, generator, tell, again)
-        give_back()  # what second runs of layers leave in the heap grows with their number
+        trim()  # what second runs of layers leave in the heap grows with their number
 
 
 def _backward(
