@@ -144,6 +144,17 @@ def test_the_module_in_place_computes_what_the_moments_say(name):
         assert_close(seen["y"].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_ridge_draws_the_output_projection_to_the_blocks_own(name):
+    """Where it is all that counts, the projection is the block's, without the heads that were left out."""
+    _, blocks, stats = captured(name)
+    block = blocks[1]
+    size = next(size for size in NarrowAttention.sizes(block) if size.heads < whole(block).heads)
+    found = HeadFits(block, stats[block], ClosedForm(ridge=1e12)).narrowed(size)
+    own = attention_weights(block).output[found.heads].flatten(0, 1)
+    assert_close(found.output.to(own), own, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation_is_the_same_with_any_cache_and_the_cache_is_smaller(name):
     model, blocks, stats = captured(name)
