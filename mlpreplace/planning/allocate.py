@@ -79,7 +79,7 @@ def _joint(
 
     Replaced attention blocks cost more together than the sum of their damages, the more so the more is removed. Of a Llama with
     135M parameters, KL in nats per token on the windows that decide, at prices 1, 1.5, 2: 0.157, 0.160, 0.165 at 12.5 % sparsity;
-    0.465, 0.465, 0.466 at 25 %; 0.956, 0.854, 0.832 at 37.5 %. Other prices up to 3 are between these, or 1 % better.
+    0.465, 0.465, 0.466 at 25 %; 0.956, 0.854, 0.832 at 37.5 %.
     """
     choices = {}
     for price in ATTENTION_PRICES:
