@@ -134,7 +134,7 @@ def _refit(
                 compressed = dense.branch()
             here = {b: r for b, r in new.items() if b.layer == layer}
             _fill(here, plan, stats)
-            release(stats, (b for b in plan if b.layer > layer))
+            release(stats, [b for b in plan if b.layer > layer])
             for block, solved in refit_layer(dense, compressed, here, how).items():
                 records.append({"block": block.name, "layer": layer, **solved})
             _put_away(here, stats)

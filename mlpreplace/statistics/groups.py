@@ -64,7 +64,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
     def __getitem__(self, block: Block) -> BlockStatistics:
         if block not in self.held:
             group = self.groups[self.group_of[block]]
-            self.drop()  # before there is another
+            self.drop(self.held.keys())  # before there are others
             with turn(self.model):
                 self.held = _with(halving(lambda windows: self._capture(group, windows), self.windows), self.effects)
         return self.held[block]
@@ -84,10 +84,10 @@ class InGroups(Mapping[Block, BlockStatistics]):
         """What the statistics are made from."""
         return self.model, list(self.group_of), self.key, self.effects
 
-    def drop(self) -> None:
-        """Free what is in memory."""
-        if self.held:
-            self.held.clear()
+    def drop(self, blocks: Collection[Block]) -> None:
+        """Free what is in memory of some blocks. To ask for them again starts another pass."""
+        if blocks:
+            self.held = {block: s for block, s in self.held.items() if block not in blocks}
             give_back()
 
     def only(self, blocks: Collection[Block]) -> InGroups:
@@ -163,10 +163,10 @@ def _with(held: Mapping[Block, BlockStatistics], effects: Mapping[Block, Tensor]
     return {block: replace(s, effect=effects[block]) if block in effects else s for block, s in held.items()}
 
 
-def release(statistics: Statistics | None, later: Iterable[Block]) -> None:
-    """Drop what is in memory unless one of the ``later`` blocks is in it."""
-    if isinstance(statistics, InGroups) and statistics.held.keys().isdisjoint(later):
-        statistics.drop()
+def release(statistics: Statistics | None, later: Collection[Block]) -> None:
+    """Drop what is in memory of other blocks than the ``later`` ones."""
+    if isinstance(statistics, InGroups):
+        statistics.drop(statistics.held.keys() - set(later))
 
 
 def by_group(statistics: Statistics | None, blocks: Iterable[Block]) -> list[list[Block]]:

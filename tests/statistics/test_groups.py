@@ -120,12 +120,17 @@ def test_some_blocks_alone(llama):
 
 
 def test_what_is_not_needed_later_is_released(llama):
-    blocks = find_blocks(llama)
-    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=0)
-    assert groups[blocks[0]].tokens
+    blocks = blocks_of(llama)
+    largest = max(map(size, capture(llama, blocks, WINDOWS, **OPTIONS).values()))
+    groups = capture(llama, blocks, WINDOWS, **OPTIONS, memory_budget=(FIT_COPIES + 2) * largest)
+    first, *others = groups.groups[0]
+    at_first = groups[first]
     release(groups, blocks)
-    assert set(groups.held) == {blocks[0]}
-    release(groups, blocks[1:])
+    assert set(groups.held) == {first, *others} and others
+    release(groups, others)
+    assert set(groups.held) == set(others)
+    assert same(groups[first], at_first)
+    release(groups, [])
     assert not groups.held
     release({}, blocks), release(None, blocks)
 
