@@ -36,6 +36,7 @@ def factor(block: Block, c: Tensor) -> Tensor:
     """
     # a squared pivot is what earlier directions leave of this one; rounding leaves up to ``rounding`` of a dependent direction
     rounding = len(c) * torch.finfo(c.dtype).eps * c.diagonal()
+    c = c.mT  # the same numbers in the order of LAPACK, which would make a copy of the other
     lower, failed = torch.linalg.cholesky_ex(c, out=(c, torch.empty((), dtype=torch.int32, device=c.device)))
     if failed or (lower.diagonal().square() <= rounding).any():
         raise ValueError(f"{block.name}: the moments are singular (few tokens, or a LayerNorm before the block): raise ridge.")

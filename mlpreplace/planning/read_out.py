@@ -13,7 +13,7 @@ from ..fitting.ridge import centred, least_squares
 from ..models.blocks import Block
 from ..replacements.families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP
 from ..replacements.narrow_attention import NarrowAttention
-from ..statistics.accumulator import gram
+from ..statistics.accumulator import add_to, gram
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Regression:
         of_batch = weight.sum(), wf.sum(0), we.sum(0), gram(root * f), wf.T @ error, (we * error).sum()
         self.sums = self.sums or [torch.zeros_like(s, dtype=torch.float64) for s in of_batch]
         for total, s in zip(self.sums, of_batch, strict=True):
-            total += s
+            add_to(total, s)
 
     def solve(self, block: Block, out: ReadOut, ridges: Sequence[float]) -> dict[str, float | None]:
         """Add (FᵀF + λI)⁻¹FᵀE to the weights; a bias takes up the mean, without ridge.

@@ -14,6 +14,7 @@ from .collect import Collector
 from .records import SUMS, BlockStatistics, Sample
 
 GRAM_PARTS = 4  # of the columns; 5/8 of all products are made, with 8 parts it would be 9/16
+ADDED_ROWS = 256  # at a time
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -25,6 +26,12 @@ def gram(rows: Tensor) -> Tensor:
         total[start:, start:stop] = rows[:, start:].T @ rows[:, start:stop]
         total[start:stop, stop:] = total[stop:, start:stop].T
     return total
+
+
+def add_to(total: Tensor, more: Tensor) -> None:
+    """total += more, some rows at a time: PyTorch would make a copy of all of ``more`` in the precision of ``total``."""
+    for rows, of_more in zip(torch.atleast_1d(total).split(ADDED_ROWS), torch.atleast_1d(more).split(ADDED_ROWS), strict=True):
+        rows.add_(of_more)
 
 
 class Accumulator:
@@ -102,7 +109,7 @@ class Accumulator:
             if total is None:
                 setattr(self.sums, name, value.double())
             else:
-                total.add_(value)
+                add_to(total, value)
 
     def _sample(self, **values: Tensor) -> None:
         for name, value in values.items():
