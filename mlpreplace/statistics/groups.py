@@ -64,7 +64,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
     def __getitem__(self, block: Block) -> BlockStatistics:
         if block not in self.held:
             group = self.groups[self.group_of[block]]
-            self.drop(self.held.keys())  # before there are others
+            self.drop(list(self.held))  # before there are others
             with turn(self.model):
                 self.held = _with(halving(lambda windows: self._capture(group, windows), self.windows), self.effects)
         return self.held[block]
@@ -86,8 +86,9 @@ class InGroups(Mapping[Block, BlockStatistics]):
 
     def drop(self, blocks: Collection[Block]) -> None:
         """Free what is in memory of some blocks. To ask for them again starts another pass."""
+        for block in blocks:
+            del self.held[block]
         if blocks:
-            self.held = {block: s for block, s in self.held.items() if block not in blocks}
             give_back()
 
     def only(self, blocks: Collection[Block]) -> InGroups:
