@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from mlpreplace import NarrowMLP, capture, find_blocks, fit
 from mlpreplace.runtime import memory
+from mlpreplace.statistics.accumulator import add_to
 from mlpreplace.statistics.moments import sample
 from mlpreplace.statistics.records import MOMENTS, SUMS
 
@@ -267,3 +268,11 @@ def test_blocks_of_another_model_are_refused(llama, windows):
     """A forward pass of ``llama`` never runs them."""
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp"):
         capture(llama, find_blocks(build("llama")), windows, progress=False)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (600, 3)])
+def test_sums_of_any_number_of_rows_are_those_of_one_addition(shape):
+    total, more = torch.randn(shape, dtype=torch.float64), torch.randn(shape)
+    expected = total + more
+    add_to(total, more)
+    assert torch.equal(total, expected)
