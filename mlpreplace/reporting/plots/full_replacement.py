@@ -188,6 +188,29 @@ def ablation(rows: pd.DataFrame) -> plt.Figure:
     return figure
 
 
+def healing_curves(rows: pd.DataFrame) -> plt.Figure:
+    """KL divergence on validation windows against tokens that healing has read, a line a sparsity; a ring where it is least.
+
+    That state is kept. The first mark of a line is the plan before healing.
+
+    Args:
+        rows: sparsity, tokens, kl (nats per token).
+    """
+    figure, axes = plt.subplots(figsize=(6.8, 3.2))
+    for (sparsity, line), look in zip(parts_by(rows, "sparsity").items(), cycle(SERIES_LOOKS), strict=False):
+        axes.plot(line["tokens"], line["kl"], label=f"{percent(sparsity)} sparsity", **look)
+        least = line.loc[line["kl"].idxmin()]
+        axes.plot(least["tokens"], least["kl"], marker="o", markersize=12, fillstyle="none", color=look["color"])
+        for _, row in line.iterrows():
+            note(axes, f"{row['kl']:.3f}", (row["tokens"], row["kl"]), (0, 8), fontsize=7, ha="center")
+    axes.set(yscale="log", xlabel="tokens read", ylabel="KL on validation windows (nats)")
+    log_ticks(axes.yaxis, subs=(1, 2, 3, 5, 7))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(x=0.06, y=0.12)
+    legend_above(figure, 4)
+    return figure
+
+
 def _places(methods: pd.Series) -> dict[str, int]:
     """{method: its height}, the first on top."""
     names = methods.unique()

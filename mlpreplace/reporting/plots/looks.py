@@ -51,8 +51,8 @@ ALLOCATION_LOOKS = {  # notebook 04
     "greedy": _look(ORANGE, "D", "-."),
     "nested": _look(GREEN, "P", "--"),
     "knapsack": _look(PINK, "^", ":"),
-    "search": _look(BLUE, "o", "-"),
-    "search + healing": _look(VERMILION, "s", "-"),
+    "recipe": _look(BLUE, "o", "-"),
+    "recipe + healing": _look(VERMILION, "s", "-"),
 }
 METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.methods
     "allocated": _look(BLUE, "o", "-"),
