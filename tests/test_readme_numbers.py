@@ -122,9 +122,9 @@ def phrases() -> list[str]:
     """What the prose around the tables says, as it has to stand there."""
     texts = figure("04_pareto")["provenance"]["texts"]
     calibration, (scored, *_) = texts["calibration"], [r["tokens"] for r in rows("04_pareto", domain=WIKI)]
-    healed = row("04_ablation", method="search + healing", sparsity=MIDDLE, domain=WIKI)
+    healed = row("04_healing", method="recipe + healing", sparsity=MIDDLE, domain=WIKI)
     ideal = [r["share_of_ideal"] for r in figure("04_speed")["rows"] if r["method"] != "dense"]
-    kept = [row("04_tasks", method="search + healing", sparsity=s, task="average") for s in SPARSITIES]
+    kept = [row("04_accuracy", method="recipe + healing", sparsity=s, task="average") for s in SPARSITIES]
     doubt = sorted(r["accuracy_retained_se"] for r in kept)
     achieved = {
         m: row("05_perplexity_vs_sparsity", method=m, sparsity=MIDDLE, domain=WIKI)["sparsity_achieved"]
@@ -138,7 +138,7 @@ def phrases() -> list[str]:
     return [
         f"{scored:,} tokens each in windows of {calibration['sequence_length']}",
         f"Fits see {calibration['tokens']:,} tokens",
-        f"distilled for {healed['healing_steps']} steps ({healed['healing_tokens']:,} tokens)",
+        f"distilled for {healed['healing_steps']} steps ({healed['healing_tokens']:,} tokens that no fit saw)",
         f"prefill reaches {' to '.join(dict.fromkeys([percent(min(ideal)), percent(max(ideal))]))} of the speed-up",
         "keeps {}, {} and {} at these".format(*(percent(r["accuracy_retained"]) for r in kept)),
         f"each ± {100 * doubt[0]:.0f} to {percent(doubt[-1])}",

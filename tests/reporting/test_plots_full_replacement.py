@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from drawing import closed, labels, pairs, points, titles  # noqa: F401
 
-from mlpreplace.reporting.plots import ablation, calibration_texts, kept_by_layer, pareto, quantization, speed
+from mlpreplace.reporting.plots import ablation, calibration_texts, healing_curves, kept_by_layer, pareto, quantization, speed
 from mlpreplace.reporting.plots.full_replacement import CEILING
 from mlpreplace.reporting.plots.looks import ALLOCATION_LOOKS
 
@@ -44,13 +44,13 @@ def test_kept_has_a_panel_a_method():
     rows = pd.DataFrame(
         [
             {"method": m, "layer": layer, "sparsity": s, "kept": 1 - s * layer}
-            for m in ("greedy", "search")
+            for m in ("greedy", "recipe")
             for layer in range(3)
             for s in (0.125, 0.25)
         ]
     )
     figure = kept_by_layer(rows)
-    assert titles(figure) == ["greedy", "search"]
+    assert titles(figure) == ["greedy", "recipe"]
     assert labels(figure.axes[1].get_yticklabels()) == ["12.5 %", "25 %"]
     assert [axes.get_ylabel() for axes in figure.axes] == ["sparsity", "sparsity", "parameters kept"]
     assert figure.axes[0].collections[0].get_array().reshape(2, 3)[1].tolist() == [1, 0.75, 0.5]
@@ -102,14 +102,22 @@ def test_calibration_texts_have_a_line_each():
 
 
 def test_recipes_are_named_with_what_they_add():
-    rows = measured(["uniform", "search"]).assign(note=lambda r: r["method"].map({"uniform": "", "search": "from greedy"}))
+    rows = measured(["uniform", "recipe"]).assign(note=lambda r: r["method"].map({"uniform": "", "recipe": "from greedy"}))
     axes = ablation(rows).axes[0]
-    assert labels(axes.get_yticklabels()) == ["uniform", "search: from greedy"]
+    assert labels(axes.get_yticklabels()) == ["uniform", "recipe: from greedy"]
     assert {f"{r:.2f}" for r in rows["perplexity_ratio"]} == {t.get_text() for t in axes.texts}
 
 
 def test_a_domain_more_is_drawn_too():
-    rows = measured(["uniform", "search"]).assign(note="")
+    rows = measured(["uniform", "recipe"]).assign(note="")
     rows = pd.concat([rows, rows[rows["domain"] == DOMAINS[0]].assign(domain="another", perplexity_ratio=1.7)])
     axes = ablation(rows).axes[0]
     assert {(1.7, 2), (1.7, 1)} <= points(axes)
+
+
+def test_healing_is_drawn_from_its_start_on_and_what_is_kept_has_a_ring():
+    rows = pd.DataFrame({"sparsity": [0.1, 0.1, 0.1, 0.2, 0.2], "tokens": [0, 8, 16, 0, 16], "kl": [0.3, 0.1, 0.2, 0.4, 0.5]})
+    axes = healing_curves(rows).axes[0]
+    assert points(axes) == pairs(rows["tokens"], rows["kl"])
+    rings = [tuple(np.ravel(line.get_data())) for line in axes.lines if line.get_fillstyle() == "none"]
+    assert rings == [(8, 0.1), (0, 0.4)]
