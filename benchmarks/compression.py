@@ -26,7 +26,7 @@ MOMENTS = ("input", "hidden", "cross")
 
 @dataclass(frozen=True)
 class Compression:
-    """`compress` with --windows 128 --validation-windows 16 --seq-len 2048 --sparsity 0.25, method "allocated".
+    """`compress` with --windows 128 --validation-windows 16 --seq-len 2048 --sparsity 0.25, method "recipe".
 
     Over several GPUs the weights and the plan are spread evenly. They work one after another, so time does not divide.
     """

@@ -16,18 +16,15 @@ from torch import Tensor, nn
 
 from .evaluation import Measurement, compare, evaluate_tasks, perplexity_ratio, task_rows
 from .methods import METHODS, calibrate
-from .models import find_blocks, load_model
-from .planning import Healing, candidate_families, choose, heal, refit
+from .models import load_model
+from .planning import Healing, heal
 from .replacements import Plan, sparsity_of, spliced
 from .runtime.files import new_folder
-from .statistics import capture, fisher_effects, with_effects
 from .storage import export, load, save
 from .storage.card import DELTA, PLAIN, STANDALONE
 from .storage.record import check_base, read_record
 from .texts import load_windows
 
-OURS = ("allocated", "uniform")  # whose plans are of fitted MLPs, which a refit improves
-SAMPLED = 8  # windows, where pairs are needed
 FORMS = {DELTA: "what was replaced", STANDALONE: "the whole model", PLAIN: "a checkpoint that transformers loads"}
 NO_ROOM = (MemoryError, torch.OutOfMemoryError)
 
@@ -81,7 +78,7 @@ def _compress(options: Namespace, out: Path) -> None:
         load_windows(options.text, tokenizer, split, seq_len=options.seq_len, n_windows=n, progress=True)
         for split, n in (("calibration", options.windows), ("validation", options.validation_windows))
     )
-    plan = _ours(model, windows, validation, options) if options.method in OURS else _theirs(model, windows, validation, options)
+    plan = _planned(model, windows, validation, options)
     if options.healing_steps:
         how = Healing(steps=options.healing_steps)
         unseen = _unseen(options, tokenizer, options.healing_steps * how.batch_windows)
@@ -128,27 +125,6 @@ def evaluate(options: Namespace) -> None:
         print(pd.DataFrame(task_rows(results, dense_label="dense")).to_string(index=False))
 
 
-def _ours(model: nn.Module, windows: Tensor, validation: Tensor, options: Namespace) -> Plan:
-    """Chosen among candidates for every block, fitted, and refitted front to back."""
-    joint = options.method == "allocated"
-    blocks = find_blocks(model) + (find_blocks(model, "attention") if joint else [])
-    _say(f"capture, {len(blocks)} blocks")
-    sampled = SAMPLED if any(block.opaque for block in blocks) else 0  # what stands in for experts is solved on pairs
-    moments = ("input", "hidden", "cross") if joint or sampled else ("hidden",)
-    parts = dict(validation_windows=0, sample_windows=sampled)
-    stats = capture(model, blocks, windows, moments=moments, **parts, memory_budget=options.memory_budget, cached=True)
-    _say("effects of neurons and heads")
-    some = torch.cat([validation, windows[: len(validation)]])  # the first: every prefix has a mixture's shares
-    stats = with_effects(stats, fisher_effects(model, blocks, some, cached=True))
-    _say("choose among candidates")
-    joint = (
-        dict(strategy="joint", candidates=candidate_families(blocks), windows=validation) if joint else dict(strategy="uniform")
-    )
-    chosen = choose(model, stats, options.sparsity, **joint, memory_budget=options.memory_budget)
-    _say("fit, front to back")
-    return refit(model, chosen, windows, stats, validation=validation, cached=True).plan
-
-
 def _unseen(options: Namespace, tokenizer, number: int) -> Tensor | None:
     """Calibration windows behind those that the fits saw, which teach more; None where the text has too few."""
     sizes = dict(seq_len=options.seq_len, n_windows=options.windows + number)
@@ -159,10 +135,13 @@ def _unseen(options: Namespace, tokenizer, number: int) -> Tensor | None:
         return None
 
 
-def _theirs(model: nn.Module, windows: Tensor, validation: Tensor, options: Namespace) -> Plan:
+def _planned(model: nn.Module, windows: Tensor, validation: Tensor, options: Namespace) -> Plan:
     """By name: one of METHODS."""
-    both, last = torch.cat([windows, validation]), dict(validation_windows=len(validation), cached=True)
-    calibration = calibrate(model, both, [options.sparsity], methods=[options.method], **last)
+    _say(f"calibrate for {options.method}")
+    how = dict(validation_windows=len(validation), memory_budget=options.memory_budget, cached=True)
+    both = torch.cat([windows, validation])
+    calibration = calibrate(model, both, [options.sparsity], methods=[options.method], **how)
+    _say("plan")
     return METHODS[options.method](model, calibration, options.sparsity)
 
 
@@ -215,7 +194,7 @@ def _parser() -> ArgumentParser:
     c.add_argument("model", help="bundled/smollm2-135m, a hub id, or a folder")
     c.add_argument("--sparsity", type=float, required=True, help="share of all attention and MLP parameters to remove")
     c.add_argument("--out", required=True, help="folder to save in: a new one, or an empty one")
-    c.add_argument("--method", choices=METHODS, default="allocated", help="what is removed, and what stands in for it")
+    c.add_argument("--method", choices=METHODS, default="recipe", help="what is removed, and what stands in for it")
     c.add_argument("--healing-steps", type=int, default=0, help="of distillation on the calibration text, on top")
     c.add_argument("--text", default="bundled/mixture", help="to calibrate on: a bundled text, a file or folder, or a data set")
     c.add_argument("--windows", type=int, default=64, help="of calibration")

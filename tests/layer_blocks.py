@@ -5,8 +5,6 @@ import copy
 import torch
 from tiny_models import SINGLE, build, random_windows
 
-from mlpreplace import LowRank
-from mlpreplace.fitting.fit import fit_all
 from mlpreplace.methods.registry import METHODS, calibrate
 from mlpreplace.models.architectures import layer_lists
 
@@ -34,15 +32,10 @@ def deleted(model, removed):
 
 
 def calibrated(model, sparsities=(0.3,), methods=tuple(METHODS), windows=None, **options):
-    """A calibration for ``methods`` on a few random windows; for the allocation with low-rank candidates."""
+    """A calibration for ``methods`` on a few random windows."""
     windows = random_windows(14, 16, seed=1) if windows is None else windows
     options = dict(validation_windows=2, sample_windows=None, progress=False) | options
-    calibration = calibrate(model, windows, sparsities, methods=methods, **options)
-    if "allocated" not in methods:
-        return calibration
-    families = [LowRank(2), LowRank(6)]
-    calibration.candidates = fit_all(calibration.blocks, calibration.blocks, families, samples=("validation",), progress=False)
-    return calibration
+    return calibrate(model, windows, sparsities, methods=methods, **options)
 
 
 def streams(model, windows, mask=None):

@@ -48,10 +48,10 @@ def test_what_compress_saves_evaluate_measures_alike(given, tmp_path, capsys):
     assert again["dense"] == pytest.approx(perplexity(model, held, progress=False).value, abs=5e-4)
     assert again["compressed"] == pytest.approx(perplexity(load(small, device="cpu"), held, progress=False).value, abs=5e-4)
     metrics = json.loads((small / "replacements.json").read_text())["metrics"]
-    assert metrics["method"] == "allocated" and metrics[f"perplexity ratio on {text}"] == pytest.approx(again["ratio"], abs=5e-4)
+    assert metrics["method"] == "recipe" and metrics[f"perplexity ratio on {text}"] == pytest.approx(again["ratio"], abs=5e-4)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"allocated"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"recipe"}))
 def test_every_method_of_the_comparison_can_be_asked_for(method, given, tmp_path, capsys):
     folder, _, options, calibration = given
     out = str(tmp_path / method)
@@ -66,7 +66,7 @@ def test_healing_changes_what_is_saved_and_one_width_is_a_plain_checkpoint(given
     saved = {}
     for steps in ("0", "30"):
         out = tmp_path / f"healed-{steps}"
-        asked = ["--sparsity", "0.5", "--method", "uniform", "--form", "plain", "--healing-steps", steps, "--out", str(out)]
+        asked = ["--sparsity", "0.5", "--method", "uniform_refit", "--form", "plain", "--healing-steps", steps, "--out", str(out)]
         assert main(["compress", folder, *asked, *calibration, *options]) == 0
         saved[steps] = AutoModelForCausalLM.from_pretrained(out)
     weights = [saved[steps].model.layers[0].mlp.down_proj.weight for steps in saved]
@@ -92,7 +92,7 @@ def test_neurons_are_chosen_by_validation_and_the_first_calibration_windows(give
     folder, text, options, calibration = given
     read = []
     seen = lambda model, blocks, ids, **_: read.append(ids) or pytest.fail("enough")  # noqa: E731
-    monkeypatch.setattr("mlpreplace.__main__.fisher_effects", seen)
+    monkeypatch.setattr("mlpreplace.methods.registry.fisher_effects", seen)
     with pytest.raises(pytest.fail.Exception):
         main(["compress", folder, "--sparsity", "0.25", "--out", str(tmp_path / "out"), *calibration, *options])
     tokenizer = load_model(folder, device="cpu")[1]

@@ -164,7 +164,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("error", "status", "said"), FAILURES, ids=[type(error).__name__ for error, *_ in FAILURES])
-@pytest.mark.parametrize("where", ["load_model", "capture", "compare", "save"])
+@pytest.mark.parametrize("where", ["load_model", "calibrate", "compare", "save"])
 def test_a_failure_at_any_time_leaves_nothing(where, error, status, said, compress, tmp_path, capsys, monkeypatch):
     def fail(*args, **how):
         raise error

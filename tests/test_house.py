@@ -20,7 +20,8 @@ HOUSE = {  # every room, left to right, and its files, top to bottom: each may i
     "fitting": "ridge neurons errors heads features closed_form pairs state training fit candidate_errors",
     "evaluation": "sweep perplexity tasks.run tasks.scores tasks speed int8 parameter_share",
     "planning": "knapsack candidates damage choice_kl search rollback allocate read_out refit_layer refit objectives distil nest",
-    "methods": "calibration registry layer_drop uniform allocated shortgpt uidl replaceme streamline subfit merging sliding",
+    "methods": "calibration registry layer_drop uniform allocated recipe shortgpt uidl replaceme streamline subfit merging "
+    "sliding",
     "beyond_language": "images translation pretrain",
     "storage": "tensors card record rebuild save export",
     "reporting": "tables record plots.looks plots.style plots.parameter_share plots.single_block plots.sensitivity"

@@ -104,7 +104,7 @@ def _fit(block: Block, s: BlockStatistics, family: Family, cached: bool, **optio
 
 def unfitted(family: Family, block: Block) -> Replacement:
     """A replacement whose weights are not set yet: they are what was in memory. No random number is drawn."""
-    with _no_other_default(), _WithoutInitialisation():
+    with _no_other_default(), _WithoutInitialisation(None if family.keeps_precision else block.dtype):
         return Replacement(family, block)
 
 
@@ -114,12 +114,24 @@ def _no_other_default() -> AbstractContextManager:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Modules that are made within leave their weights as the memory was: a fit sets all of them. No random number is drawn."""
+    """Modules that are made within leave their weights as the memory was: a fit sets all of them. No random number is drawn.
+
+    Args:
+        dtype: of the weights. Made in another one and converted, they would be written, and a whole plan would be in memory
+            before its first fit.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if getattr(function, "__module__", "") == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+        if function is torch.empty and kwargs.get("dtype") is None:
+            kwargs = kwargs | {"dtype": self.dtype}
+        return function(*args, **kwargs)
 
 
 def _content(body: nn.Module, block: Block, s: BlockStatistics, family: Family, **options) -> tuple:

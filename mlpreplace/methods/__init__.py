@@ -4,6 +4,7 @@ from .allocated import allocated
 from .calibration import Calibration
 from .layer_drop import drop
 from .merging import merge_mlps
+from .recipe import recipe
 from .registry import METHODS, Method, Needs, calibrate, method, methods_table
 from .replaceme import replaceme
 from .shortgpt import shortgpt

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from ..planning.allocate import allocate
+from ..planning.candidates import candidate_families
 from ..replacements.splice import Plan
 from .calibration import Calibration
 from .registry import Needs, method
 
-CANDIDATES = Needs(moments=dict.fromkeys(("mlp", "attention"), ["input", "hidden"]))  # what most families are fitted to
+CANDIDATES = Needs(moments={"mlp": ["input", "hidden", "cross"], "attention": ["input", "hidden"]})
 
 
 @method("allocated", title="joint allocation", removes="widths and ranks of MLPs, some attention", needs=CANDIDATES)
@@ -19,10 +20,9 @@ def allocated(model: nn.Module, calibration: Calibration, sparsity: float) -> Pl
     With ``calibration.validation``, attention is tried at several prices and the plan of least KL measured there is returned.
     Damages are ``calibration.damages``; by default of second order on the validation windows, or those of the fit reports.
 
-    Raises ValueError where there are no candidates, and what :func:`~mlpreplace.planning.allocate` raises.
+    Raises what :func:`~mlpreplace.planning.allocate` raises.
     """
-    if not calibration.candidates:
-        raise ValueError("There are no candidates to allocate: calibration.candidates = fit_all(blocks, stats, families).")
+    stats = calibration.of_kinds("mlp", "attention")
     strategy = "milp" if calibration.validation is None else "joint"
-    choices = dict(candidates=calibration.candidates, damages=calibration.damages, windows=calibration.validation)
-    return allocate(model, calibration.blocks, sparsity, strategy, **choices)
+    choices = dict(candidates=calibration.candidates or candidate_families(stats), damages=calibration.damages)
+    return allocate(model, stats, sparsity, strategy, windows=calibration.validation, cached=calibration.cached, **choices)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 
 from torch import Tensor, nn
 
+from ..models.blocks import Block
 from ..models.layers import layer_parameters
 from ..models.parameters import block_parameters
 from ..planning.candidates import Candidates
@@ -20,12 +22,17 @@ from ..statistics.residual_stream import Span, SpanStatistics, StreamStatistics
 class Calibration:
     """Statistics of the calibration text, the same for all methods. A method raises ValueError for what it lacks."""
 
+    windows: Tensor | None = None  # token ids [windows, seq_len] of the statistics
+    validation: Tensor | None = None  # token ids [windows, seq_len] to measure plans on, never held-out ones
     stream: StreamStatistics | None = None  # capture_stream
     spans: dict[Span, SpanStatistics] = field(default_factory=dict)  # capture_spans, of the spans that methods chose
     blocks: Statistics = field(default_factory=dict)  # capture, of MLP and attention blocks
-    candidates: Candidates = field(default_factory=dict)  # fitted replacements for the allocation to choose from
-    damages: Damages | None = None  # what each candidate costs, second_order_damage for instance
-    validation: Tensor | None = None  # token ids [windows, seq_len] to measure plans on, never held-out ones
+    effects: Mapping[Block, Tensor] = field(default_factory=dict)  # fisher_effects, of their neurons and heads
+    candidates: Candidates = field(default_factory=dict)  # for an allocation to choose from, by default candidate_families
+    damages: Damages | None = None  # what each candidate costs, by default second_order_damage on the validation windows
+    memory_budget: int | str | None = None  # for capture
+    cached: bool = False  # keep on disk what a method takes minutes for, and take it from there
+    progress: bool = False  # show how far that is
 
     def of_stream(self, model: nn.Module) -> StreamStatistics:
         """Raises ValueError where the stream was not captured, or that of a model with another number of layers."""
@@ -43,6 +50,12 @@ class Calibration:
                 "captures what the methods choose at these sparsities, capture_spans any."
             )
         return self.spans[span]
+
+    def of_text(self) -> tuple[Tensor, Tensor]:
+        """The windows of the statistics and those of validation; raises ValueError where either is not known."""
+        if self.windows is None or self.validation is None:
+            raise ValueError("No windows to fit and to measure plans on: calibrate(model, windows, sparsities), without a mask.")
+        return self.windows, self.validation
 
     def of_kinds(self, *kinds: str) -> Statistics:
         """Statistics of blocks of ``kinds``; raises ValueError where a kind was not captured."""

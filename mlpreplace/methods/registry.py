@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..models.blocks import find_blocks
 from ..replacements.splice import Plan
+from ..statistics.fisher import fisher_effects
 from ..statistics.moments import Statistics, capture
 from ..statistics.residual_stream import Span, StreamStatistics, capture_spans, capture_stream
 from .calibration import Calibration
@@ -27,12 +29,14 @@ class Needs:
     stream: bool = False  # how the residual stream moves
     spans: Callable[[nn.Module, StreamStatistics, float], Iterable[Span]] | None = None  # at a sparsity; given the stream
     moments: Mapping[str, Collection[str]] = field(default_factory=dict)  # {kind of block, "mlp" or "attention": its moments}
+    effects: bool = False  # what the loss feels of neurons and heads, instead of pairs of input and output of validation windows
 
     def __str__(self) -> str:
         """In a few words."""
         words = ["residual stream"] if self.stream or self.spans else []
         words += ["spans of layers"] if self.spans else []
         words += [f"{' and '.join(moments)} moments of {kind} blocks" for kind, moments in self.moments.items()]
+        words += ["effects of neurons and heads"] if self.effects else []
         return ", ".join(words).replace("mlp", "MLP") or "nothing"
 
 
@@ -96,42 +100,60 @@ def calibrate(
     validation_windows: int = 4,
     sample_windows: int | None = 8,
     batch_size: int | None = None,
+    memory_budget: int | str | None = None,
     cached: bool = False,
     progress: bool = True,
 ) -> Calibration:
     """What ``methods`` need to know of the calibration text to remove ``sparsities`` of the dense ``model``, and no more.
 
-    At most three passes. The first, over the first 16 windows, which have the shares of a mixture, measures how the residual
+    At most four passes. The first, over the first 16 windows, which have the shares of a mixture, measures how the residual
     stream moves, which decides the spans of layers. The second captures these spans, the third the blocks, both over all windows.
+    The fourth goes backward, too, for effects: over the validation windows and as many of the first.
 
     Args:
         windows: token ids [windows, seq_len]; the last ``validation_windows`` of them enter no moment.
         methods: names in :data:`METHODS`, by default all.
         blocks: statistics of MLP and attention blocks that were captured already; the third pass is left out.
         sample_windows: so many windows are kept as pairs for the spans' stand-ins to be trained on; None for all.
-        mask, batch_size, cached: as :func:`~mlpreplace.statistics.capture` takes them.
+        mask, batch_size, memory_budget, cached: as :func:`~mlpreplace.statistics.capture` takes them.
 
     Raises:
-        ValueError: a method that is not known, a sparsity that a method cannot reach, and what ``capture`` raises.
+        ValueError: a method that is not known, a sparsity that a method cannot reach, padded windows or none of validation for a
+            method that needs effects, and what ``capture`` raises.
     """
     methods, sparsities = list(METHODS if methods is None else methods), list(sparsities)
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"Unknown method {unknown[0]!r}; known are {', '.join(METHODS)}.")
     needs = [METHODS[name].needs for name in methods]
+    fitted, validation = windows.tensor_split([max(len(windows) - validation_windows, 0)])
+    if any(n.effects for n in needs) and (mask is not None or not len(validation)):
+        raise ValueError("Effects are felt on whole windows, validation ones among them: validation_windows > 0, no mask.")
     options, stream = dict(batch_size=batch_size, cached=cached, progress=progress), None
     if any(n.stream or n.spans for n in needs):
-        some = slice(0, min(max(len(windows) - validation_windows, 0), CHOICE_WINDOWS))
+        some = slice(0, min(len(fitted), CHOICE_WINDOWS))
         stream = capture_stream(model, windows[some], None if mask is None else mask[some], **options)
     spans = {span for n in needs if n.spans for sparsity in sparsities for span in n.spans(model, stream, sparsity)}
-    options |= dict(mask=mask, validation_windows=validation_windows)
-    of_spans = capture_spans(model, spans, windows, sample_windows=sample_windows, **options)
-    if blocks is None:
-        blocks = _capture_blocks(model, needs, windows, sample_windows, **options)
-    return Calibration(stream, of_spans, blocks)
+    sampled = dict(mask=mask, sample_windows=sample_windows, validation_windows=validation_windows)
+    found = Calibration(stream=stream, memory_budget=memory_budget, cached=cached, progress=progress)
+    found.spans = capture_spans(model, spans, windows, **sampled, **options)
+    found.blocks = blocks or _capture_blocks(model, needs, windows, **sampled, memory_budget=memory_budget, **options)
+    if any(n.effects for n in needs):
+        some = torch.cat([validation, fitted[: len(validation)]])  # the first: every prefix has a mixture's shares
+        found.effects = fisher_effects(model, list(found.blocks), some, **options)
+    if mask is None:
+        found.windows, found.validation = fitted, validation
+    return found
 
 
 def _capture_blocks(
-    model: nn.Module, needs: Collection[Needs], windows: Tensor, sample_windows: int | None, **options
+    model: nn.Module,
+    needs: Collection[Needs],
+    windows: Tensor,
+    *,
+    mask: Tensor | None,
+    sample_windows: int | None,
+    validation_windows: int,
+    **options,
 ) -> Statistics:
     """One pass for blocks of all kinds that are asked for, with the moments that any of them is asked for."""
     blocks = [b for kind in ("mlp", "attention") if any(kind in n.moments for n in needs) for b in find_blocks(model, kind)]
@@ -141,4 +163,7 @@ def _capture_blocks(
     opaque = any(block.opaque for block in blocks)  # what stands in for them is solved on inputs and sampled pairs
     if opaque:
         asked.add("input")
-    return capture(model, blocks, windows, moments=sorted(asked), sample_windows=sample_windows if opaque else 0, **options)
+    if not any(n.moments and not n.effects for n in needs):  # pairs of validation windows, gigabytes, serve nobody
+        windows, validation_windows = windows[: max(len(windows) - validation_windows, 0)], 0
+    options |= dict(mask=mask, validation_windows=validation_windows, sample_windows=sample_windows if opaque else 0)
+    return capture(model, blocks, windows, moments=sorted(asked), **options)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from conftest import capture_quietly, sample_of, statistics_of
-from tiny_models import HIDDEN, INTERMEDIATE, random_windows
+from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlpreplace import Linear, LowRank, Mean, MixtureOfExperts, NarrowMLP, Training, find_blocks, fit
-from mlpreplace.fitting.fit import fit_all
+from mlpreplace import Linear, LowRank, Mean, MixtureOfExperts, NarrowMLP, NarrowPlusLinear, Training, find_blocks, fit
+from mlpreplace.fitting.fit import fit_all, unfitted
 from mlpreplace.replacements.families import ladder
+from mlpreplace.replacements.narrow_attention import NarrowAttention
 from mlpreplace.reporting.tables import loss_rows, report_rows
 from mlpreplace.statistics.moments import sample
 
@@ -185,3 +187,32 @@ def test_options_that_make_no_sense(change, message, captured):
     _, blocks, stats = captured
     with pytest.raises(ValueError, match=message):
         fit(blocks[1], stats, NarrowMLP(24), **change)
+
+
+class Written(TorchDispatchMode):
+    """The memory that operations wrote into; to see some of it as another shape writes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.places: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, seen_only = function(*args, **(kwargs or {})), [r.alias_info is not None for r in function._schema.returns]
+        in_place = function._schema.is_mutable
+        if isinstance(result, torch.Tensor) and (in_place or not any(seen_only)) and "empty" not in str(function):
+            self.places.add(result.untyped_storage().data_ptr())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_fitted_yet_are_not_written(dtype):
+    """Memory that nothing wrote into is not taken: a plan of an 8B model is made before its first fit."""
+    model = build("llama").to(dtype)
+    mlp, attention = find_blocks(model)[0], find_blocks(model, "attention")[0]
+    pairs = [(mlp, NarrowMLP(24)), (mlp, NarrowPlusLinear(12, 4)), (attention, LowRank(4)), (attention, NarrowAttention(2, 2, 4))]
+    for block, family in pairs:
+        with Written() as written:
+            replacement = unfitted(family, block)
+        assert {p.dtype for p in replacement.parameters()} == {dtype}
+        matrices = [p for p in replacement.parameters() if p.dim() == 2]
+        assert matrices and not written.places & {p.untyped_storage().data_ptr() for p in matrices}, family

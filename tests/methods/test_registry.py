@@ -10,14 +10,17 @@ from decoding import decoded, logits
 from layer_blocks import calibrated, deep
 from tiny_models import DECODERS, MIXTURES, random_windows
 
-from mlpreplace import Linear, allocate, capture, find_blocks, load, load_model, save, splice, spliced
+from mlpreplace import Linear, LowRank, allocate, capture, find_blocks, load, load_model, refit, save, splice, spliced
 from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.registry import METHODS, calibrate, method, methods_table
 from mlpreplace.models.layers import layer_parameters
 from mlpreplace.models.parameters import block_parameters
+from mlpreplace.planning import candidate_families, choose
 from mlpreplace.replacements.kv_cache import TokenCount
 from mlpreplace.replacements.splice import sparsity_of
 from mlpreplace.replacements.whole_layers import without_layers
+from mlpreplace.statistics import fisher_effects, with_effects
+from mlpreplace.statistics.groups import InGroups
 from mlpreplace.statistics.moments import MOMENTS
 from mlpreplace.statistics.residual_stream import capture_stream
 
@@ -26,8 +29,10 @@ SPANNED = {"shortgpt_linear", "uidl_linear", "replaceme", "replaceme_cosine", "s
 READ = {  # moments of blocks
     "uniform": {"mlp": {"hidden"}},
     "subfit": {"mlp": {"input"}, "attention": {"input"}},
-    "allocated": {"mlp": {"input", "hidden"}, "attention": {"input", "hidden"}},
+    "uniform_refit": {"mlp": {"hidden"}},
+    **dict.fromkeys(("allocated", "recipe"), {"mlp": {"input", "hidden", "cross"}, "attention": {"input", "hidden"}}),
 }
+OURS = {"recipe", "uniform_refit"}  # which read effects
 FUSED = {"replaceme", "replaceme_cosine"}
 REFUSED = dict.fromkeys([*MIXTURES, "gemma2", "gemma3_text", "glm4"], FUSED)  # nothing to fuse a map into
 GENERATE = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -142,7 +147,7 @@ def test_a_method_is_one_function(llama, registered):
         calibration = calibrate(llama, random_windows(6, 8), [0.3], methods=[name], progress=False)
         plan = registered[name](llama, calibration, 0.3)
         assert sparsity_of(llama, plan) == pytest.approx(1 / 3) and {b.layer for b in plan} == {layer}
-        assert calibration == Calibration()
+        assert not (calibration.stream or calibration.spans or calibration.blocks or calibration.effects)
     method("last", title="Another", removes="nothing")(lambda *args: {})
     assert registered["last"].title == "Another" and registered["last"](llama, Calibration(), 0.3) == {}
 
@@ -162,9 +167,10 @@ def test_calibrate_captures_what_a_method_needs_and_no_more(name, prepared):
     model, of_all = prepared("llama")
     own = calibrated(model, (0.25, 0.4), [name])
     assert held(own) == READ.get(name, {})
-    assert (own.stream is not None) == (name not in {"uniform", "allocated"})
+    assert (own.stream is not None) == (name not in READ or name == "subfit")
     assert bool(own.spans) == (name in SPANNED) and own.spans.keys() <= of_all.spans.keys()
     assert not any(s.train for s in own.blocks.values())
+    assert bool(own.effects) == (name in OURS) and all((s.validation is None) == (name in OURS) for s in own.blocks.values())
     plan, other = (METHODS[name](model, calibration, 0.25) for calibration in (own, of_all))
     assert [b.name for b in plan] == [b.name for b in other]
     for block, replacement in plan.items():
@@ -173,7 +179,7 @@ def test_calibrate_captures_what_a_method_needs_and_no_more(name, prepared):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"uniform", "allocated", "subfit"}))
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - READ.keys()))
 def test_methods_that_remove_layers_run_no_pass_for_blocks(name, monkeypatch):
     monkeypatch.setattr("mlpreplace.methods.registry.capture", lambda *args, **options: pytest.fail("captured"))
     assert not calibrated(deep("llama"), (0.3,), [name]).blocks
@@ -186,7 +192,9 @@ def test_one_pass_serves_methods_that_need_different_moments(prepared, monkeypat
         "mlpreplace.methods.registry.capture", lambda *args, **options: calls.append(1) or capture(*args, **options)
     )
     both = calibrated(model, (0.25,), ["uniform", "subfit"])
-    assert calls == [1] and held(both) == held(of_all) == READ["allocated"]
+    assert (
+        calls == [1] and held(both) == dict.fromkeys(("mlp", "attention"), {"input", "hidden"}) and held(of_all) == READ["recipe"]
+    )
 
 
 def test_experts_are_solved_from_inputs_and_sampled_pairs(prepared):
@@ -230,14 +238,41 @@ def test_statistics_that_are_there_are_taken(llama):
     assert sparsity_of(llama, METHODS["uniform"](llama, calibration, 0.3)) >= 0.3
 
 
+def chosen(plan):
+    return {block: replacement.family for block, replacement in plan.items()}
+
+
 def test_the_allocation_measures_where_it_may(prepared):
     """With validation windows it is the joint strategy, without the exact knapsack."""
     model, calibration = prepared("llama")
-    choices = dict(candidates=calibration.candidates)
-    assert METHODS["allocated"](model, calibration, 0.4) == allocate(model, calibration.blocks, 0.4, "milp", **choices)
-    measured = replace(calibration, validation=random_windows(3, seed=8))
-    joint = allocate(model, calibration.blocks, 0.4, "joint", windows=measured.validation, **choices)
-    assert METHODS["allocated"](model, measured, 0.4) == joint
+    choices = dict(candidates={block: [LowRank(2), LowRank(6)] for block in calibration.blocks})
+    calibration = replace(calibration, **choices)
+    unmeasured = replace(calibration, validation=None)
+    exact = allocate(model, calibration.blocks, 0.4, "milp", **choices)
+    joint = allocate(model, calibration.blocks, 0.4, "joint", windows=calibration.validation, **choices)
+    assert chosen(joint) != chosen(exact)
+    assert chosen(METHODS["allocated"](model, unmeasured, 0.4)) == chosen(exact)
+    assert chosen(METHODS["allocated"](model, calibration, 0.4)) == chosen(joint)
+
+
+@pytest.mark.parametrize("memory_budget", [None, 500_000])
+def test_the_recipe_is_its_steps_one_by_one(memory_budget):
+    """Also where statistics do not fit in memory."""
+    model, windows = deep("llama"), random_windows(14, 16, seed=1)
+    calibration = calibrate(
+        model, windows, [0.3], methods=["recipe"], validation_windows=2, memory_budget=memory_budget, progress=False
+    )
+    assert isinstance(calibration.blocks, InGroups) == (memory_budget is not None)
+    blocks, fitted, validation = find_blocks(model) + find_blocks(model, "attention"), windows[:12], windows[12:]
+    stats = capture(model, blocks, fitted, moments=("input", "hidden", "cross"), validation_windows=0, progress=False)
+    effects = fisher_effects(model, blocks, torch.cat([validation, fitted[:2]]), progress=False)
+    stats = with_effects(stats, effects)
+    choice = choose(model, stats, 0.3, "joint", candidates=candidate_families(blocks), windows=validation, progress=False)
+    expected = refit(model, choice, fitted, stats, validation=validation, progress=False).plan
+    plan = METHODS["recipe"](model, calibration, 0.3)
+    assert chosen(plan) == chosen(expected)
+    weights = ([p for b in expected for p in of[b].parameters()] for of in (plan, expected))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_errors(llama):
@@ -246,8 +281,14 @@ def test_errors(llama):
         calibrate(llama, ids, [0.3], methods=["prune"], progress=False)
     with pytest.raises(ValueError, match="sparsity=0.99 cannot be reached"):
         calibrate(llama, ids, [0.99], methods=["replaceme"], progress=False)
-    with pytest.raises(ValueError, match="no candidates to allocate"):
-        METHODS["allocated"](llama, Calibration(), 0.3)
+    with pytest.raises(ValueError, match="No windows to fit and to measure plans on"):
+        METHODS["recipe"](llama, Calibration(), 0.3)
+    known = calibrate(llama, ids, [0.3], methods=["allocated"], progress=False)
+    with pytest.raises(ValueError, match="No effects of neurons and heads"):
+        METHODS["recipe"](llama, known, 0.3)
+    for options in (dict(validation_windows=0), dict(mask=torch.ones_like(ids, dtype=torch.bool))):
+        with pytest.raises(ValueError, match="validation_windows > 0, no mask"):
+            calibrate(llama, ids, [0.3], methods=["recipe"], progress=False, **options)
     with pytest.raises(ValueError, match="No mlp block was captured"):
         METHODS["uniform"](llama, Calibration(), 0.3)
     known = calibrate(llama, ids, [0.3], methods=[name for name in METHODS if name not in SPANNED], progress=False)

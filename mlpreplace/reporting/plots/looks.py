@@ -55,6 +55,7 @@ ALLOCATION_LOOKS = {  # notebook 04
     "recipe + healing": _look(VERMILION, "s", "-"),
 }
 METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.methods
+    "uniform_refit": _look(BROWN, "p", "--"),
     "allocated": _look(BLUE, "o", "-"),
     "allocated + refit": _look(VERMILION, "s", "-"),
     "subfit": _look(PINK, "^", "--"),
