@@ -13,6 +13,8 @@ import copy
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -50,7 +52,7 @@ class HeadAttention(nn.Module):
         self.query_norm, self.key_norm = _norms(block)
         self.head_dim, self.key_dim, self.value_dim = head_dim, key_dim, value_dim  # head_dim: of the block
         # dimensions of queries and keys of each group, where some are left out; which ones comes with the weights
-        self.kept = None if key_dim == head_dim else [list(range(key_dim))] * groups
+        self.kept = None if key_dim == head_dim else (tuple(range(key_dim)),) * groups
         self.config, self.layer_idx = own.config, getattr(own, "layer_idx", None)
         self.scaling = getattr(own, "scaling", head_dim**-0.5)
         self.is_causal = getattr(own, "is_causal", False)
@@ -59,21 +61,23 @@ class HeadAttention(nn.Module):
         self.read_by(torch.arange(heads, device="cpu") * groups // heads)
 
     def read_by(self, group_of: Tensor) -> None:
-        """Say which group each query head reads, [heads], ascending."""
-        groups = self.key.out_features // self.key_dim
-        self.num_key_value_groups = len(group_of) // groups  # the name that functions of transformers know
-        even = torch.arange(groups, device="cpu").repeat_interleave(self.num_key_value_groups)
-        if len(even) != len(group_of) or not torch.equal(group_of.cpu(), even):
-            self.num_key_value_groups = 1  # keys and values are repeated here, as often as each is read
+        """Say which group each query head reads, [heads], ascending.
+
+        Functions that attend know groups of one size. Where some groups have fewer readers, a head of theirs is asked again.
+        """
         self.group_of = tuple(group_of.tolist())
+        heads = [[i for i, g in enumerate(self.group_of) if g == group] for group in dict.fromkeys(self.group_of)]
+        self.num_key_value_groups = most = max(map(len, heads))  # the name that functions of transformers know
+        asked = [of_group + of_group[:1] * (most - len(of_group)) for of_group in heads]
+        self.asked = tuple(chain(*asked)) if any(len(of_group) < most for of_group in heads) else None
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([*self.group_of, *sum(self.kept or [], [])], device="cpu")
+        return torch.tensor([*self.group_of, *chain(*self.kept or ())], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         heads = self.query.out_features // self.key_dim
         self.read_by(state[:heads])
-        self.kept = state[heads:].view(-1, self.key_dim).tolist() or None
+        self.kept = tuple(map(tuple, state[heads:].view(-1, self.key_dim).tolist())) or None
 
     def forward(self, x: Tensor, *, cache=None, position_embeddings=None, attention_mask=None, **options) -> Tensor:
         """[batch, seq_len, hidden] → [batch, seq_len, hidden]
@@ -94,28 +98,51 @@ class HeadAttention(nn.Module):
             attention_mask = attention_mask.to(query.dtype)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if self.num_key_value_groups == 1 and len(self.group_of) != key.shape[1]:
-            key, value = (t[:, self.group_of] for t in (key, value))
+        if self.asked is not None:
+            query = query.index_select(1, _index(self.asked, query.device))
+        query, key, value = self._of_one_width(query, key, value)
         functions = sys.modules[self.source]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, getattr(functions, "eager_attention_forward", eager_attention_forward)
         )
         options = self.limits | options
         mixed, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **options)
+        mixed = mixed[..., : self.value_dim]  # [batch, seq_len, heads, value_dim]
+        if self.asked is not None:
+            first = tuple(self.asked.index(head) for head in range(len(self.group_of)))
+            mixed = mixed.index_select(2, _index(first, mixed.device))
         return self.output(mixed.reshape(*x.shape[:-1], -1))
+
+    def _of_one_width(self, *parts: Tensor) -> Iterable[Tensor]:
+        """Filled up with zeros, which change no score and no value: fused kernels take heads of one width alone."""
+        if self.key_dim == self.value_dim or self.config._attn_implementation == "eager":
+            return parts
+        widest = max(self.key_dim, self.value_dim)
+        return (t if t.shape[-1] == widest else F.pad(t, (0, widest - t.shape[-1])) for t in parts)
 
     def _rotated(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """With positions in the first dimensions, as many as there are cosines; the others pass."""
         rotary = cos.shape[-1]
         if self.kept is not None:
-            cos, sin = (F.pad(t, (0, self.head_dim - rotary), value=at_0) for t, at_0 in ((cos, 1), (sin, 0)))
-            cos, sin = (t[..., self.kept].transpose(1, 2) for t in (cos, sin))  # [batch, groups, seq_len, key_dim]
-            read = list(self.group_of)
-            return turned(query, cos[:, read], sin[:, read]), turned(key, cos, sin)
+            if rotary < self.head_dim:
+                cos, sin = (F.pad(t, (0, self.head_dim - rotary), value=at_0) for t, at_0 in ((cos, 1), (sin, 0)))
+            columns, read = (_index(of, cos.device) for of in (self.kept, self.group_of))
+            cos, sin = (t[..., columns].transpose(1, 2) for t in (cos, sin))  # [batch, groups, seq_len, key_dim]
+            return turned(query, *(t.index_select(1, read) for t in (cos, sin))), turned(key, cos, sin)
         rotated = sys.modules[self.source].apply_rotary_pos_emb(query[..., :rotary], key[..., :rotary], cos, sin)
         if rotary == self.head_dim:
             return rotated
         return tuple(torch.cat([t, whole[..., rotary:]], -1) for t, whole in zip(rotated, (query, key), strict=True))
+
+
+def _index(places: tuple, device: torch.device) -> Tensor:
+    """``places`` as a tensor, made once: at every call and in every layer that would take longer than what reads it."""
+    return _index_for(places, device, torch.is_inference_mode_enabled())  # of which no gradient can pass what it reads
+
+
+@lru_cache(maxsize=4096)
+def _index_for(places: tuple, device: torch.device, inference: bool) -> Tensor:
+    return torch.tensor(places, device=device)
 
 
 def _norms(block: Block) -> tuple[nn.Module, nn.Module]:
