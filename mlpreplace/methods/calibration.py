@@ -22,12 +22,12 @@ from ..statistics.residual_stream import Span, SpanStatistics, StreamStatistics
 class Calibration:
     """Statistics of the calibration text, the same for all methods. A method raises ValueError for what it lacks."""
 
-    windows: Tensor | None = None  # token ids [windows, seq_len] of the statistics
-    validation: Tensor | None = None  # token ids [windows, seq_len] to measure plans on, never held-out ones
     stream: StreamStatistics | None = None  # capture_stream
     spans: dict[Span, SpanStatistics] = field(default_factory=dict)  # capture_spans, of the spans that methods chose
     blocks: Statistics = field(default_factory=dict)  # capture, of MLP and attention blocks
     effects: Mapping[Block, Tensor] = field(default_factory=dict)  # fisher_effects, of their neurons and heads
+    windows: Tensor | None = None  # token ids [windows, seq_len] of the statistics
+    validation: Tensor | None = None  # token ids [windows, seq_len] to measure plans on, never held-out ones
     candidates: Candidates = field(default_factory=dict)  # for an allocation to choose from, by default candidate_families
     damages: Damages | None = None  # what each candidate costs, by default second_order_damage on the validation windows
     memory_budget: int | str | None = None  # for capture
