@@ -56,7 +56,7 @@ ALLOCATION_LOOKS = {  # notebook 04
 }
 METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.methods
     "uniform_refit": _look(BROWN, "p", "--"),
-    "allocated": _look(BLUE, "o", "-"),
+    "allocated": _look(PURPLE, "8", "-"),
     "allocated + refit": _look(VERMILION, "s", "-"),
     "subfit": _look(PINK, "^", "--"),
     "shortgpt": _look(GREY, "X", ":"),
