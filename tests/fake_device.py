@@ -138,7 +138,17 @@ def register() -> torch.device:
     return torch.device("fake", 0)
 
 
+def _enter_without_gradients(mode: torch.inference_mode) -> None:
+    """Also where it decorates: a device in Python cannot make views of inference tensors."""
+    mode.instead = torch.no_grad()
+    mode.instead.__enter__()
+
+
+def _leave_without_gradients(mode: torch.inference_mode, *error) -> None:
+    mode.instead.__exit__(*error)
+
+
 def without_hardware() -> None:
     """Let this process run on "fake" what would run on a GPU."""
     register()
-    torch.inference_mode = torch.no_grad  # whose tensors a device in Python cannot make views of
+    torch.inference_mode.__enter__, torch.inference_mode.__exit__ = _enter_without_gradients, _leave_without_gradients
