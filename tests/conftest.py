@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 from mlpreplace import capture, find_blocks, fit, load_model
 from mlpreplace.fitting.errors import sample_errors
 from mlpreplace.models.architectures import ARCHITECTURES
+from mlpreplace.models.forward import eval_mode
 from mlpreplace.runtime import cache, cache_dir
 from mlpreplace.statistics.moments import MOMENTS, BlockStatistics, Sample
 from mlpreplace.texts import assets
@@ -39,7 +40,7 @@ def activations(model, block, windows: torch.Tensor, mask: torch.Tensor | None =
     def first(name):
         return lambda module, args, kwargs: keep(name, args[0] if args else kwargs["hidden_states"])
 
-    with ExitStack() as stack, torch.no_grad():
+    with eval_mode(model), ExitStack() as stack, torch.no_grad():
         hooks = [
             block.modules[0].register_forward_pre_hook(first("x"), with_kwargs=True),
             block.modules[-1].register_forward_hook(lambda module, args, output: keep("y", output)),

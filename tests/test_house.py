@@ -11,7 +11,7 @@ import mlpreplace
 
 PACKAGE = Path(mlpreplace.__file__).parent
 HOUSE = {  # every room, left to right, and its files, top to bottom: each may import what stands before it
-    "runtime": "files turns fingerprint cache memory parallel",
+    "runtime": "files turns fingerprint cache memory half_products parallel",
     "texts": "assets corpora windows",
     "models": "stack guess architectures weights blocks parameters attention layers inputs forward walk generation checkpoints"
     " gguf loading",

@@ -210,7 +210,7 @@ def latency(
 def _all_in_eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for model in sorted(models, key=id):  # in one order, so that no two threads wait for each other
-            stack.enter_context(eval_mode(model))
+            stack.enter_context(eval_mode(model, as_it_is=True))
         yield
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..runtime.half_products import quick_products
 from ..runtime.turns import turn
 from .blocks import Block
 from .inputs import Batch, is_seq2seq
@@ -18,8 +19,10 @@ Beside = tuple[tuple, dict]  # positional and keyword arguments of a call other 
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module, *, as_it_is: bool = False) -> Iterator[None]:
     """``model`` in eval mode; afterwards every submodule is in its former mode. Other threads wait for their turn.
+
+    Products are quick in half precision, too (see :mod:`~mlpreplace.runtime.half_products`), unless ``as_it_is``, for a clock.
 
     Raises ValueError where another thread has claimed the model (see :mod:`~mlpreplace.runtime.turns`).
     """
@@ -27,7 +30,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         before = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            yield
+            with nullcontext() if as_it_is else quick_products(model.parameters()):
+                yield
         finally:
             for module, mode in before.items():
                 module.training = mode
