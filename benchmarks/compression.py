@@ -96,9 +96,14 @@ class Compression:
         return grouped(self.of.blocks, self.sensitivities, int(self.budget * GRADIENTS_SHARE))
 
     @cached_property
-    def felt(self) -> int:
+    def seen(self) -> int:
         """Bytes of the largest group of these."""
         return max(sum(map(self.sensitivities.get, group)) for group in self.priced)
+
+    @cached_property
+    def felt(self) -> int:
+        """Bytes of what the loss feels of every candidate on the validation text."""
+        return 4 * sum(map(len, candidate_families(self.of.blocks).values())) * self.validation * self.seq_len
 
     @cached_property
     def capturing(self) -> int:

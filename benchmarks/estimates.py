@@ -16,12 +16,10 @@ from model_size import size_of
 from rates import DISK, DRAWS, FP32, HASH, LINK, eigen_seconds, fit_seconds
 
 from mlpreplace.evaluation.sweep import SCORED_AT_ONCE_GPU
-from mlpreplace.planning.allocate import ATTENTION_PRICES
 from mlpreplace.planning.damage import bytes_of_token
 from mlpreplace.runtime.memory import WINDOWS, memory_budget
 from mlpreplace.statistics.gradients import WINDOWS as BACKWARD_WINDOWS
 
-CHOICES = len(ATTENTION_PRICES)  # that are measured, at most
 TEXTS, HELDOUT_WINDOWS = 2, 8  # that the result is measured on
 ROWS = (  # (model, GPUs) of the table in notebooks/profiles/gpu.yaml
     *(("Llama-3.2-1B", 1), ("SmolLM2-1.7B", 1), ("Llama-2-7B", 1), ("Llama-3-8B", 1), ("Llama-3-8B", 2)),
@@ -41,8 +39,8 @@ class Step:
 
 
 def steps(run: Compression) -> list[Step]:
-    """What the command does, in order. The choice itself, a knapsack, takes nothing worth a line."""
-    return [loading(run), effects(run), gradients(run), prices(run), choices(run), refits(run), measurement(run), saving(run)]
+    """What the command does, in order. The choice itself takes nothing worth a line."""
+    return [loading(run), effects(run), gradients(run), prices(run), refits(run), measurement(run), saving(run)]
 
 
 def loading(run: Compression) -> Step:
@@ -66,28 +64,17 @@ def gradients(run: Compression) -> Step:
     statistics = run.group if len(run.priced) > 1 or len(run.groups) == 1 else 0  # those of blocks that were priced, or of all
     once = 3 * run.forward(run.validation, head=True)  # forward, again, and by activations: weights are frozen
     once += run.validation * run.seq_len * run.of.vocabulary / DRAWS
-    host = run.walking + run.felt + max(*run.sensitivities.values(), drawn)
+    host = run.walking + run.felt + run.seen + max(*run.sensitivities.values(), drawn)
     return Step("gradients", statistics + run.backward, host, len(run.priced) * once, run.weights)
 
 
 def prices(run: Compression) -> Step:
     """Capture of a group, and the errors of its candidates on all validation tokens."""
-    host = run.walking + run.felt
+    host = run.walking + run.felt + run.seen
     if len(run.groups) == 1:  # kept on disk: copies from the GPU, and the file that is made of them
         host = max(host, 2 * run.group)
     seconds = run.pass_seconds + run.of.layers * run.price_seconds
     return Step("capture, price", run.group + max(run.capturing, run.pricing), host, seconds, run.weights)
-
-
-def choices(run: Compression) -> Step:
-    """Layer by layer, with the fits of one; at most as many choices as prices of attention, each with candidates of its own."""
-    fits = CHOICES * run.of.mlp.n_params * run.of.itemsize
-    gpu = run.group + max(run.capturing, fits + run.fitting, run.scoring)
-    states = run.states(run.validation)
-    each = CHOICES * (fit_seconds(run.of.mlp, run.of.mlp.intermediate_size) + eigen_seconds(run.of.mlp))
-    seconds = run.of.layers * (each + 2 * (CHOICES + 1) * states / LINK)
-    seconds += (CHOICES + 1) * run.forward(run.validation, head=True) + (run.pass_seconds if len(run.groups) > 1 else 0)
-    return Step("measure choices", gpu, run.walking + (CHOICES + 2) * states, seconds, run.weights)
 
 
 def refits(run: Compression) -> Step:

@@ -229,6 +229,10 @@ PLANS = {
     "a list of plans": (lambda g: m.compare(g.model, [g.plan], WINDOWS, **QUIET), ["label", "list"]),
     "a sparsity out of reach": (allocated(0.99), ["0.99"]),
     "joint without windows": (allocated(strategy="joint"), ["joint", "windows"]),
+    "joint by damages of single blocks": (
+        lambda g: allocated(strategy="joint", candidates=g.candidates, damages=damages(g, 1.0))(g),
+        ["joint", "second_order_damage"],
+    ),
     "a uniform plan of another family": (allocated(strategy="uniform", family=Linear), ["Linear"]),
     "damages of other candidates": (
         lambda g: allocated(candidates=g.candidates, damages={})(g),
@@ -241,7 +245,7 @@ PLANS = {
             ),
             ["not finite"],
         )
-        for strategy in ("greedy", "milp", "joint", "search")
+        for strategy in ("greedy", "milp", "search")
         for value in (NAN, math.inf)
     },
     "a plan for another model": (lambda g: m.splice(g.model, g.alien), ["another model"]),

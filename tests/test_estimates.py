@@ -113,7 +113,8 @@ def test_memory_beside_model_and_plan_does_not_grow_with_depth():
         else:
             assert b.gpu == a.gpu, a.name
         if a.name not in ("load", "save", "fit, refit"):  # these hold the model, or what is chosen for it
-            assert b.host == a.host, a.name
+            more = large().felt / 2 if a.name in ("gradients", "capture, price") else 0  # prices, of twice as many candidates
+            assert b.host - a.host == more, a.name
 
 
 def test_memory_on_the_host_without_the_plan_does_not_grow_with_depth():

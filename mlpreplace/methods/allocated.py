@@ -17,7 +17,7 @@ CANDIDATES = Needs(moments={"mlp": ["input", "hidden", "cross"], "attention": ["
 def allocated(model: nn.Module, calibration: Calibration, sparsity: float) -> Plan:
     """Of ``calibration.candidates``, for attention and MLP blocks alike, those of least damage: the exact knapsack.
 
-    With ``calibration.validation``, attention is tried at several prices and the plan of least KL measured there is returned.
+    With ``calibration.validation``, attention is tried at several prices: of these plans that of least damage together.
     Damages are ``calibration.damages``; by default of second order on the validation windows, or those of the fit reports.
 
     Raises what :func:`~mlpreplace.planning.allocate` raises.

@@ -28,8 +28,8 @@ def recipe(model: nn.Module, calibration: Calibration, sparsity: float, *, strat
     """Chosen among candidates for every block by the validation windows, and refitted front to back.
 
     Kept are the neurons and heads of largest energy and effect, see :func:`~mlpreplace.statistics.fisher_effects`. Candidates are
-    priced to second order; of exact knapsacks at several prices of attention the one of least measured KL is taken. Ridges of the
-    refit are chosen block by block.
+    priced to second order; of exact knapsacks at several prices of attention the one of least damage together is taken. Ridges of
+    the refit are chosen block by block.
 
     Args:
         strategy: "joint", or "uniform" for one width of all MLPs, which asks for no candidates.

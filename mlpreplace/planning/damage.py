@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,30 @@ def _local(block: Block, families: Sequence[Family], stats: Statistics | None) -
             yield i, (error.square().sum(-1) / sample.residual_energy)[sample.mask].mean().item()
 
 
+@dataclass(eq=False)  # that of mappings is used
+class SecondOrder(Mapping[Block, list[float]]):
+    """Second-order damages: {block: nats per predicted token of each candidate alone}, and of choices in several blocks."""
+
+    felt: dict[Block, Tensor]  # [candidates, windows · seq_len] gᵀe, in float32 on the CPU
+    predicted: int  # tokens
+
+    def __getitem__(self, block: Block) -> list[float]:
+        return self._mean(self.felt[block]).tolist()
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.felt)
+
+    def __len__(self) -> int:
+        return len(self.felt)
+
+    def together(self, choice: Mapping[Block, int]) -> float:
+        """½ E (Σ gᵀe)² with the candidate of ``choice`` in each of its blocks: their errors may be felt together, or cancel."""
+        return self._mean(sum(self.felt[block][i] for block, i in choice.items())).item()
+
+    def _mean(self, felt: Tensor) -> Tensor:
+        return 0.5 * felt.double().square().sum(-1) / self.predicted
+
+
 @cached("second-order")
 def second_order_damage(
     model: nn.Module,
@@ -84,7 +108,7 @@ def second_order_damage(
     batch_size: int | None = None,
     memory_budget: int | str | None = None,
     progress: bool = True,
-) -> Damages:
+) -> SecondOrder:
     """KL divergence to the dense model, nats per predicted token, to second order in a candidate's error e: ½ E (gᵀe)².
 
     g is the gradient of −log p(next tokens) by the block's output, see :func:`~mlpreplace.statistics.fisher_gradients`. Products
@@ -103,17 +127,15 @@ def second_order_damage(
     """
     check_windows(windows, model, least=2)
     budget = memory_budget_of(memory_budget, {block.device for block in candidates})
-    sizes = {block: windows.numel() * bytes_of_token(block) for block in candidates}
-    damages, predicted = {}, windows.shape[0] * (windows.shape[1] - 1)
+    sizes, felt = {block: windows.numel() * bytes_of_token(block) for block in candidates}, {}
     for some in grouped(candidates, sizes, int(budget * GRADIENTS_SHARE)):  # a backward pass each
         seen = fisher_gradients(model, some, windows, seed=seed, batch_size=batch_size, progress=progress)
         for group in by_group(stats, some):
             jobs = [(block, candidates[block], _of(stats, block), seen.pop(block)) for block in group]
-            prices = spread(_second_order, jobs, prepare=known_here(), threads=torch.get_num_threads(), n_jobs=_at_a_time())
-            for block, totals in zip(group, prices, strict=True):
-                damages[block] = [total / predicted for total in totals]
-            del jobs, prices  # and with them statistics, before the next ones are captured
-    return {block: damages[block] for block in candidates}
+            found = spread(_felt, jobs, prepare=known_here(), threads=torch.get_num_threads(), n_jobs=_at_a_time())
+            felt |= zip(group, found, strict=True)
+            del jobs  # and with them statistics, before the next ones are captured
+    return SecondOrder({block: felt[block] for block in candidates}, windows.shape[0] * (windows.shape[1] - 1))
 
 
 def bytes_of_token(block: Block) -> int:
@@ -137,9 +159,9 @@ def _at_a_time() -> int | None:
 
 
 @torch.no_grad()
-def _second_order(block: Block, candidates: Sequence[Candidate], s: BlockStatistics | None, seen: Sensitivity) -> list[float]:
-    """½ Σ (gᵀe)² of each candidate, summed over tokens."""
-    totals, s = [0.0] * len(candidates), None if s is None else s.to(block.device)
+def _felt(block: Block, candidates: Sequence[Candidate], s: BlockStatistics | None, seen: Sensitivity) -> Tensor:
+    """gᵀe of each candidate, [candidates, windows · seq_len]; zero for a window's last token, which predicts nothing."""
+    felt, s = torch.zeros(len(candidates), seen.x[..., 0].numel()), None if s is None else s.to(block.device)
     x, y, g = (t.to(block.device) for t in (seen.x, seen.y, seen.gradient))  # [windows, seq_len, hidden]
     h = None if seen.h is None else seen.h.to(block.device)
     sharing: dict[Candidate, list[int]] = {}  # {candidate: those of its error, but for narrower queries and keys}
@@ -147,10 +169,10 @@ def _second_order(block: Block, candidates: Sequence[Candidate], s: BlockStatist
         sharing.setdefault(replace(c, key_dim=None) if isinstance(c, NarrowAttention) else c, []).append(i)
     of_keys, places = _felt_of_keys(block, candidates, s, seen), list(sharing.values())
     for n, error in candidate_errors(block, list(sharing), s, x, y, h=h):
-        felt = (error * g.to(error)).sum(-1).double()
+        of_values = (error * g.to(error)).sum(-1).double()
         for i in places[n]:
-            totals[i] = 0.5 * (felt - of_keys.get(i, 0)).square().sum().item()
-    return totals
+            felt[i] = (of_values - of_keys.get(i, 0)).flatten()
+    return felt
 
 
 def _felt_of_keys(

@@ -51,6 +51,20 @@ def test_the_second_order_damage_is_quadratic_in_the_error(name):
         assert (twice / once, opposite / once) == pytest.approx((4, 16), rel=1e-3)
 
 
+def test_errors_of_two_blocks_are_felt_together():
+    """(a + b)² + (a − b)² = 2a² + 2b², and an error twice in one place is one error of twice the size."""
+    model = build("llama")
+    blocks = find_blocks(model)
+    candidates = {block: [Off(block, scale) for scale in (0.01, -0.01, 0.02)] for block in blocks}
+    damages = second_order_damage(model, candidates, WINDOWS, progress=False)
+    a, b, *_ = blocks
+    assert damages.together({a: 0}) == pytest.approx(damages[a][0])
+    both, against = damages.together({a: 0, b: 0}), damages.together({a: 0, b: 1})
+    assert both + against == pytest.approx(2 * (damages[a][0] + damages[b][0]), rel=1e-4)
+    assert abs(both - against) > 1e-3 * both
+    assert damages.together({a: 2, b: 2}) == pytest.approx(4 * both, rel=1e-3)
+
+
 def test_cached_damages_are_not_computed_again(results, monkeypatch):
     model, _, candidates = case()
     damages = second_order_damage(model, candidates, WINDOWS, cached=True, progress=False)
