@@ -104,7 +104,7 @@ def choose(
         check_windows(windows, model, least=2)
     target = _target(model, sparsity, strategy, windows)
     if strategy == "joint" and not (isinstance(damages, SecondOrder) or (damages is None and windows is not None)):
-        raise ValueError('strategy="joint" asks what blocks cost together: pass damages=second_order_damage(…), or windows=.')
+        raise ValueError('strategy="joint" asks what blocks cost together: pass windows=, or damages=second_order_damage(…).')
     if strategy in ("uniform", "heuristic"):
         blocks = [b for b in stats if b.kind == "mlp" and (strategy == "uniform" or _is_inner(model, b))]
         if not blocks:

@@ -161,7 +161,8 @@ def _at_a_time() -> int | None:
 @torch.no_grad()
 def _felt(block: Block, candidates: Sequence[Candidate], s: BlockStatistics | None, seen: Sensitivity) -> Tensor:
     """gᵀe of each candidate, [candidates, windows · seq_len]; zero for a window's last token, which predicts nothing."""
-    felt, s = torch.zeros(len(candidates), seen.x[..., 0].numel()), None if s is None else s.to(block.device)
+    felt = torch.zeros(len(candidates), seen.x[..., 0].numel(), dtype=torch.float32, device="cpu")
+    s = None if s is None else s.to(block.device)
     x, y, g = (t.to(block.device) for t in (seen.x, seen.y, seen.gradient))  # [windows, seq_len, hidden]
     h = None if seen.h is None else seen.h.to(block.device)
     sharing: dict[Candidate, list[int]] = {}  # {candidate: those of its error, but for narrower queries and keys}

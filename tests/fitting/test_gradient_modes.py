@@ -42,7 +42,7 @@ LEARNS = {
     "fit": lambda model, blocks, stats, plan: m.fit(blocks[0], stats, m.NarrowMLP(8), training=TRAINING, progress=False),
     "fit_all": lambda model, blocks, stats, plan: fit_all(blocks, stats, [m.Linear()], training=TRAINING, progress=False),
     "fit_all, one job": lambda *case: fit_all(case[1], case[2], [m.Linear()], training=TRAINING, n_jobs=1, progress=False),
-    "damage": lambda model, blocks, stats, plan: second_order_damage(model, {b: [r] for b, r in plan.items()}, WINDOWS),
+    "damage": lambda model, blocks, stats, plan: second_order_damage(model, {b: [r] for b, r in plan.items()}, WINDOWS).felt,
     "search": lambda *case: search(case[0], case[3], {b: [r] for b, r in case[3].items()}, WINDOWS, progress=False).plan,
     "allocate": lambda *case: m.allocate(case[0], case[2], 0.2, windows=WINDOWS, progress=False),
 }
