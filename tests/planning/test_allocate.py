@@ -4,17 +4,12 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-import torch
 from conftest import capture_quietly
 from tiny_models import HIDDEN, INTERMEDIATE, build, random_windows
 
 from mlpreplace import Linear, LowRank, Mean, NarrowMLP, TwoLayerMLP, allocate, compare, find_blocks
 from mlpreplace.fitting.fit import fit_all
 from mlpreplace.models.parameters import block_parameters
-from mlpreplace.planning.allocate import ATTENTION_PRICES
-from mlpreplace.planning.candidates import savings_of
-from mlpreplace.planning.damage import SecondOrder, local_damage, second_order_damage
-from mlpreplace.planning.knapsack import knapsack
 from mlpreplace.replacements.splice import sparsity_of
 from mlpreplace.runtime.fingerprint import fingerprint
 
@@ -182,52 +177,6 @@ def test_the_search_takes_attention_too(captured):
     assert sparsity_of(model, plan) >= 0.6
 
 
-@pytest.fixture
-def both_kinds(captured):
-    """A model with candidates for its MLP and attention blocks, and the statistics of the MLPs."""
-    model, blocks, stats = captured
-    attention, of_attention = capture_quietly(model, random_windows(), "attention", moments=("input",))
-    candidates = fit_all(blocks, stats, [NarrowMLP(12), NarrowMLP(24), NarrowMLP(36)], progress=False)
-    return model, stats, candidates | fit_all(attention, of_attention, [Mean(), LowRank(4)], progress=False)
-
-
-def test_joint_is_the_knapsack_that_costs_least_together(both_kinds):
-    model, stats, candidates = both_kinds
-    windows = random_windows(4, seed=9)
-    damages = second_order_damage(model, candidates, windows, progress=False)
-    savings, target, chosen = savings_of(candidates), 0.4 * block_parameters(model), []
-    for price in ATTENTION_PRICES:
-        priced = {b: [d * (price if b.kind == "attention" else 1) for d in of_block] for b, of_block in damages.items()}
-        chosen.append(knapsack(savings, priced, target))
-    best = min(chosen, key=damages.together)
-    for given in ({"damages": damages}, {"windows": windows, "progress": False}):
-        plan = allocate(model, stats, 0.4, "joint", candidates=candidates, **given)
-        assert plan == {b: candidates[b][i] for b, i in best.items()} and sparsity_of(model, plan) >= 0.4
-
-
-def test_attention_that_errs_at_one_token_is_left_where_its_price_says_so(both_kinds):
-    """Alone each attention block is cheaper than an MLP; together they are not, and no knapsack of single damages can see it."""
-    model, stats, candidates = both_kinds
-    felt = {}
-    for n, (block, of_block) in enumerate(savings_of(candidates).items()):
-        at = torch.zeros(len(candidates))
-        at[n if block.kind == "mlp" else -1] = 1 if block.kind == "mlp" else 0.9
-        felt[block] = torch.outer(torch.tensor(of_block, dtype=torch.float32).sqrt(), at)
-    damages = SecondOrder(felt, predicted=1)
-    replaced = {
-        strategy: [b.kind for b in allocate(model, stats, 0.38, strategy, candidates=candidates, damages=damages)]
-        for strategy in ("milp", "joint")
-    }
-    assert replaced["joint"].count("attention") < replaced["milp"].count("attention")
-
-
-def test_without_attention_there_is_no_price_to_find(both_kinds):
-    model, stats, candidates = both_kinds
-    mlps = {b: fitted for b, fitted in candidates.items() if b.kind == "mlp"}
-    options = dict(candidates=mlps, windows=random_windows(4), progress=False)
-    assert allocate(model, stats, 0.2, "joint", **options) == allocate(model, stats, 0.2, "milp", **options)
-
-
 @pytest.mark.parametrize("strategy", ["uniform", "greedy", "milp"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_are_allocated_small_dense_mlps(name, strategy):
@@ -285,21 +234,3 @@ def test_a_damage_that_is_no_number_is_refused_by_the_name_of_its_block(strategy
         allocate(model, stats, 0.2, strategy, **options)
     damages[blocks[1]][1] = 0.5
     assert sparsity_of(model, allocate(model, stats, 0.2, strategy, **options)) >= 0.2
-
-
-@pytest.mark.parametrize("strategy", ["greedy", "milp", "joint", "search"])
-def test_a_candidate_that_is_not_finite_is_in_no_plan(strategy, both_kinds):
-    """Whether the damages are computed here, or are of the candidates when they were whole."""
-    model, stats, candidates = both_kinds
-    broken = next(b for b in candidates if b.kind == "attention")
-    damages = local_damage(candidates)
-    candidates[broken][0].body.bias.data[3] = float("nan")
-    options = dict(candidates=candidates, windows=random_windows(4), progress=False)
-    with pytest.raises(ValueError, match=rf"not finite for {broken.name}"):
-        allocate(model, stats, 0.5, strategy, **options)
-    if strategy == "joint":  # which takes none that were said
-        return
-    damages[broken] = [0.0] * len(damages[broken])  # so that it is taken
-    if strategy == "search":  # the others have no reason to look
-        with pytest.raises(ValueError, match="not finite"):
-            allocate(model, stats, 0.5, strategy, damages=damages, **options)
