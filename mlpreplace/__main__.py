@@ -20,6 +20,7 @@ from .models import load_model
 from .planning import Healing, heal
 from .replacements import Plan, sparsity_of, spliced
 from .runtime.files import new_folder
+from .runtime.memory import put_away
 from .storage import export, load, save
 from .storage.card import DELTA, PLAIN, STANDALONE
 from .storage.record import check_base, read_record
@@ -87,6 +88,7 @@ def _compress(options: Namespace, out: Path) -> None:
         if not report.improved:
             print("Healing did not lower the validation KL: the plan stays as it was.", file=sys.stderr)
     before, dense = model.num_parameters(), _perplexities(model, held)
+    put_away(nn.ModuleList(module for block in plan for module in block.modules))  # which nobody reads any more
     with spliced(model, plan):  # a copy would take the memory of another model
         measured = _compared(dense, _perplexities(model, held))
         made = {name: vars(options)[name] for name in ("method", "text", "windows", "seq_len", "healing_steps")}

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from conftest import BYTES, byte_tokenizer, save_locally
 from tiny_models import build
 from transformers import AutoModelForCausalLM
 
-from mlpreplace import METHODS, load, load_model, load_windows, perplexity
+import mlpreplace.__main__ as module
+from mlpreplace import METHODS, find_blocks, load, load_model, load_windows, perplexity
 from mlpreplace.__main__ import main
+from mlpreplace.replacements.splice import replacements_of
 
 SEQ_LEN = 32
 
@@ -49,6 +52,32 @@ def test_what_compress_saves_evaluate_measures_alike(given, tmp_path, capsys):
     assert again["compressed"] == pytest.approx(perplexity(load(small, device="cpu"), held, progress=False).value, abs=5e-4)
     metrics = json.loads((small / "replacements.json").read_text())["metrics"]
     assert metrics["method"] == "recipe" and metrics[f"perplexity ratio on {text}"] == pytest.approx(again["ratio"], abs=5e-4)
+
+
+def from_files() -> list[range]:
+    """Addresses that hold what files hold which nobody else sees."""
+    with open("/proc/self/maps") as regions:
+        ends = [line.split()[0].split("-") for line in regions if line.rstrip().endswith("(deleted)")]
+    return [range(int(first, 16), int(last, 16)) for first, last in ends]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_replaced_is_on_disk_while_the_result_is_measured(given, tmp_path, monkeypatch):
+    folder, _, options, calibration = given
+    measure, seen = module._perplexities, []
+
+    def measured(model, held):
+        away = from_files()
+        blocks = seen[0][0] if seen else find_blocks(model) + find_blocks(model, "attention")
+        weights = {b.name: [w.data_ptr() for part in b.modules for w in part.parameters()] for b in blocks}
+        there = {name for name, places in weights.items() if all(any(p in region for region in away) for p in places)}
+        seen.append((blocks, there, replacements_of(model).keys()))
+        return measure(model, held)
+
+    monkeypatch.setattr(module, "_perplexities", measured)
+    assert main(["compress", folder, "--sparsity", "0.25", "--out", str(tmp_path / "small"), *calibration, *options]) == 0
+    (_, before, _), (_, after, replaced) = seen
+    assert not before and after == replaced
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"recipe"}))

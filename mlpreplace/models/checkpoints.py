@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.utils import logging as transformers_logging
 
 from ..runtime.fingerprint import fingerprint
+from ..runtime.memory import trim
 
 CONFIG, WEIGHTS, INDEX, ADAPTER = "config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 POINTER = b"version https://git-lfs"  # how the file begins that git-lfs leaves in the place of a large one
@@ -97,6 +98,7 @@ def pretrained(model_class: type, path: str | Path, *, called: str | None = None
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():  # memory that PyTorch did not allocate
             tensor.data = tensor.data.clone()
+    trim()  # or the heap keeps an eighth of a model as large as a gigabyte
     return model
 
 

@@ -20,7 +20,7 @@ from ..replacements.families import Family
 from ..replacements.records import FitReport
 from ..replacements.splice import Improved, Plan, bodies, check_plan, copied
 from ..runtime.cache import cached
-from ..runtime.memory import WINDOWS, give_back, halving, on_disk
+from ..runtime.memory import WINDOWS, halving, put_away
 from ..runtime.turns import turn
 from ..statistics.groups import InGroups, release
 from ..statistics.records import Statistics
@@ -137,18 +137,10 @@ def _refit(
             release(stats, [b for b in plan if b.layer > layer])
             for block, solved in refit_layer(dense, compressed, here, how).items():
                 records.append({"block": block.name, "layer": layer, **solved})
-            _put_away(here, stats)
+            if isinstance(stats, InGroups):  # where memory does not hold all statistics, it need not hold what is done
+                put_away(bodies(here))
         _fill({b: r for b, r in new.items() if b.layer > last}, plan, stats)
     return records, [r.report for r in new.values()]
-
-
-def _put_away(done: Plan, stats: Statistics | None) -> None:
-    """Where memory does not hold all statistics, it need not hold what is done."""
-    if isinstance(stats, InGroups):
-        for weight in bodies(done).parameters():
-            if weight.device.type == "cpu":
-                weight.data = on_disk(weight.data)
-        give_back()
 
 
 def _fill(new: Plan, plan: Choice, stats: Statistics | None) -> None:

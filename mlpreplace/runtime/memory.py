@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import cache_dir
 
@@ -65,6 +65,14 @@ def on_disk(tensor: Tensor) -> Tensor:
         file.write(tensor.view(-1).view(torch.uint8).numpy())
         file.flush()
         return torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+
+
+def put_away(module: nn.Module) -> None:
+    """Leave the weights of ``module`` that are on the CPU on disk, see :func:`on_disk`."""
+    for weight in module.parameters():
+        if weight.device.type == "cpu":
+            weight.data = on_disk(weight.data)
+    give_back()
 
 
 def give_back() -> None:

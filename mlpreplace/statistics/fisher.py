@@ -146,7 +146,7 @@ def _each_batch(
     generator = torch.Generator().manual_seed(seed)
     for ids in tqdm(batches, desc="gradients", unit="batch", disable=not progress, leave=False):
         _backward(model, blocks, ids, generator, tell, again)
-        trim()  # what second runs of layers leave in the heap grows with their number
+        trim()  # and of the logits
 
 
 def _backward(
@@ -189,6 +189,7 @@ def _see(
         awaited.discard(name)
         if not awaited:
             tell(Sensitivity(**seen))
+            trim()  # or the heap keeps more of every layer's second run
 
     def keep(name: str, hidden: Tensor, *_) -> None:
         if name in awaited and len(runs) == 1 + again:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlpreplace.runtime import memory
-from mlpreplace.runtime.memory import MOST_BUDGET, VARIABLE, give_back, memory_budget, on_disk
+from mlpreplace.runtime.memory import MOST_BUDGET, VARIABLE, give_back, memory_budget, on_disk, put_away
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -77,3 +77,12 @@ def test_a_tensor_on_disk_takes_no_memory_until_it_is_read(results):
     tensor = on_disk(tensor)
     assert resident() < with_it - 2**25
     assert tensor.sum() == 2**24
+
+
+def test_a_module_that_was_put_away_computes_the_same_and_takes_no_memory(results):
+    module = torch.nn.Linear(2**12, 2**12)  # 64 MB
+    x = torch.randn(3, 2**12)
+    expected, with_it = module(x), resident()
+    put_away(module)
+    assert resident() < with_it - 2**25
+    assert torch.equal(module(x), expected)
