@@ -11,9 +11,9 @@ from model_size import Size
 from rates import BF16, FP32, FP64, LINK, eigen_seconds, fit_seconds
 
 from mlpreplace.evaluation.sweep import SCORED_AT_ONCE_GPU
+from mlpreplace.models.attention import attention_weights, key_units
 from mlpreplace.models.blocks import Block
 from mlpreplace.planning.candidates import WIDTH_STEPS, candidate_families
-from mlpreplace.planning.damage import GRADIENTS_SHARE, bytes_of_token
 from mlpreplace.replacements import LowRank, NarrowAttention, NarrowPlusLinear
 from mlpreplace.runtime.memory import MOST_WINDOWS, WINDOWS
 from mlpreplace.statistics.gradients import WINDOWS as BACKWARD_WINDOWS
@@ -87,18 +87,8 @@ class Compression:
 
     @cached_property
     def sensitivities(self) -> dict[Block, int]:
-        """Bytes of each block's inputs, outputs, gradients and outputs of heads on the validation text."""
+        """Bytes on disk of each block's inputs, outputs, gradients and outputs of heads on the validation text."""
         return {block: self.validation * self.seq_len * bytes_of_token(block) for block in self.of.blocks}
-
-    @cached_property
-    def priced(self) -> list[list[Block]]:
-        """Blocks whose gradients are in memory at a time."""
-        return grouped(self.of.blocks, self.sensitivities, int(self.budget * GRADIENTS_SHARE))
-
-    @cached_property
-    def seen(self) -> int:
-        """Bytes of the largest group of these."""
-        return max(sum(map(self.sensitivities.get, group)) for group in self.priced)
 
     @cached_property
     def felt(self) -> int:
@@ -170,3 +160,14 @@ class Compression:
         heads = sum(isinstance(f, NarrowAttention) and f.key_dim is None for f in families[self.of.attention])
         narrowed = heads * (7 * self.of.attention.inner_size**3 / FP64 + 2 * tokens * d * self.of.attention.inner_size / FP32)
         return factors + fits + errors + narrowed + 12 * self.states(self.validation) / LINK
+
+
+def bytes_of_token(block: Block) -> int:
+    """Of a block's input, output, gradient, outputs of heads, and what is felt of its queries and keys."""
+    whole = 3 * block.hidden_size * block.dtype.itemsize
+    if block.heads is None:
+        return whole
+    whole += block.inner_size * block.dtype.itemsize
+    if (units := key_units(block)) is None:
+        return whole
+    return whole + len(attention_weights(block).key) * len(units) * torch.promote_types(block.dtype, torch.float32).itemsize

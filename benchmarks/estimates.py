@@ -11,12 +11,11 @@ from __future__ import annotations
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 
-from compression import RESERVE, Compression
+from compression import RESERVE, Compression, bytes_of_token
 from model_size import size_of
 from rates import DISK, DRAWS, FP32, HASH, LINK, eigen_seconds, fit_seconds
 
 from mlpreplace.evaluation.sweep import SCORED_AT_ONCE_GPU
-from mlpreplace.planning.damage import bytes_of_token
 from mlpreplace.runtime.memory import WINDOWS, memory_budget
 from mlpreplace.statistics.gradients import WINDOWS as BACKWARD_WINDOWS
 
@@ -59,21 +58,21 @@ def effects(run: Compression) -> Step:
 
 
 def gradients(run: Compression) -> Step:
-    """By the outputs of as many blocks at a time as a share of the budget takes; one of them twice while batches are joined."""
+    """By the outputs of all blocks. What is seen of them goes to disk; one is in memory twice while batches are joined."""
     drawn = 8 * BACKWARD_WINDOWS * run.seq_len * run.of.vocabulary
-    statistics = run.group if len(run.priced) > 1 or len(run.groups) == 1 else 0  # those of blocks that were priced, or of all
-    once = 3 * run.forward(run.validation, head=True)  # forward, again, and by activations: weights are frozen
-    once += run.validation * run.seq_len * run.of.vocabulary / DRAWS
-    host = run.walking + run.felt + run.seen + max(*run.sensitivities.values(), drawn)
-    return Step("gradients", statistics + run.backward, host, len(run.priced) * once, run.weights)
+    statistics = run.group if len(run.groups) == 1 else 0  # of all blocks
+    seconds = 3 * run.forward(run.validation, head=True)  # forward, again, and by activations: weights are frozen
+    seconds += run.validation * run.seq_len * run.of.vocabulary / DRAWS + sum(run.sensitivities.values()) / DISK
+    host = run.walking + max(2 * max(run.sensitivities.values()), drawn)
+    return Step("gradients", statistics + run.backward, host, seconds, run.weights)
 
 
 def prices(run: Compression) -> Step:
-    """Capture of a group, and the errors of its candidates on all validation tokens."""
-    host = run.walking + run.felt + run.seen
+    """Capture of a group, and the errors of its candidates on all validation tokens, which are read from disk."""
+    host = run.walking + run.felt + max(sum(map(run.sensitivities.get, group)) for group in run.groups)
     if len(run.groups) == 1:  # kept on disk: copies from the GPU, and the file that is made of them
         host = max(host, 2 * run.group)
-    seconds = run.pass_seconds + run.of.layers * run.price_seconds
+    seconds = run.pass_seconds + run.of.layers * run.price_seconds + sum(run.sensitivities.values()) / DISK
     return Step("capture, price", run.group + max(run.capturing, run.pricing), host, seconds, run.weights)
 
 
@@ -118,8 +117,8 @@ def row(run: Compression) -> tuple[float, float, float, float]:
 
 def show(name: str, run: Compression) -> None:
     """Print the steps."""
-    groups = f"{len(run.groups)} groups of statistics, {len(run.priced)} of gradients"
-    print(f"\n{name}, {run.gpus} × {run.gpu / 1e9:.0f} GB: {groups}")
+    parts = f"{len(run.groups)} groups of statistics, {sum(run.sensitivities.values()) / 1e9:.0f} GB of gradients on disk"
+    print(f"\n{name}, {run.gpus} × {run.gpu / 1e9:.0f} GB: {parts}")
     print(f"  {'':<24} {'a GPU':>9} {'host':>9} {'seconds':>9}")
     for step in steps(run):
         print(f"  {step.name:<24} {total(step) / 1e9:6.1f} GB {step.host / 1e9:6.1f} GB {step.seconds:9,.0f}")

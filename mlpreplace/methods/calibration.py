@@ -30,7 +30,6 @@ class Calibration:
     validation: Tensor | None = None  # token ids [windows, seq_len] to measure plans on, never held-out ones
     candidates: Candidates = field(default_factory=dict)  # for an allocation to choose from, by default candidate_families
     damages: Damages | None = None  # what each candidate costs, by default second_order_damage on the validation windows
-    memory_budget: int | str | None = None  # for capture
     cached: bool = False  # keep on disk what a method takes minutes for, and take it from there
     progress: bool = False  # show how far that is
 

@@ -44,7 +44,7 @@ def recipe(model: nn.Module, calibration: Calibration, sparsity: float, *, strat
     stats = with_effects(stats, calibration.effects)
     priced = {}
     if strategy != "uniform":
-        priced = dict(candidates=calibration.candidates or candidate_families(stats), damages=calibration.damages)
-        priced |= dict(windows=validation, memory_budget=calibration.memory_budget)
+        candidates = calibration.candidates or candidate_families(stats)
+        priced = dict(candidates=candidates, damages=calibration.damages, windows=validation)
     chosen = choose(model, stats, sparsity, strategy, **priced, **how)
     return refit(model, chosen, windows, stats, validation=validation, **how).plan

@@ -134,7 +134,7 @@ def calibrate(
         stream = capture_stream(model, windows[some], None if mask is None else mask[some], **options)
     spans = {span for n in needs if n.spans for sparsity in sparsities for span in n.spans(model, stream, sparsity)}
     sampled = dict(mask=mask, sample_windows=sample_windows, validation_windows=validation_windows)
-    found = Calibration(stream=stream, memory_budget=memory_budget, cached=cached, progress=progress)
+    found = Calibration(stream=stream, cached=cached, progress=progress)
     found.spans = capture_spans(model, spans, windows, **sampled, **options)
     found.blocks = blocks or _capture_blocks(model, needs, windows, **sampled, memory_budget=memory_budget, **options)
     if any(n.effects for n in needs):

@@ -90,7 +90,6 @@ def choose(
     candidates: Candidates | None = None,
     damages: Damages | None = None,
     windows: Tensor | None = None,
-    memory_budget: int | str | None = None,
     cached: bool = False,
     progress: bool = True,
 ) -> Choice:
@@ -122,8 +121,7 @@ def choose(
     if damages is None and windows is None:
         damages = local_damage(candidates, stats, cached=cached)
     elif damages is None:
-        options = dict(memory_budget=memory_budget, cached=cached, progress=progress)
-        damages = second_order_damage(model, candidates, windows, stats, **options)
+        damages = second_order_damage(model, candidates, windows, stats, cached=cached, progress=progress)
     elif {b: len(d) for b, d in damages.items()} != {b: len(f) for b, f in candidates.items()}:
         raise ValueError(
             "damages must hold one number for each of candidates, block by block: compute them of the same candidates."
@@ -158,7 +156,6 @@ def allocate(
     damages: Damages | None = None,
     windows: Tensor | None = None,
     rounds: int = 2,
-    memory_budget: int | str | None = None,
     cached: bool = False,
     progress: bool = True,
 ) -> Plan:
@@ -183,7 +180,6 @@ def allocate(
             which predicts best; without windows :func:`~mlpreplace.planning.local_damage`, which is free.
         windows: token ids [windows, seq_len], never held-out ones. "search" needs them to measure KL on.
         rounds: of the search, at most.
-        memory_budget: as for :func:`~mlpreplace.capture`, for what the prices need.
         cached: keep prices and fits on disk, and take them from there.
 
     Raises:
@@ -195,15 +191,14 @@ def allocate(
     if windows is not None and of_windows:
         check_windows(windows, model, least=2)
         check_gradients(model)
-    options = dict(family=family, damages=damages, windows=windows, memory_budget=memory_budget, cached=cached, progress=progress)
+    options = dict(family=family, damages=damages, windows=windows, cached=cached, progress=progress)
     if strategy != "search":
         chosen = choose(model, stats, sparsity, strategy, candidates=candidates, **options)
         return fitted_plan(stats, chosen, cached=cached, progress=False)
     _target(model, sparsity, strategy, windows)
     candidates = _narrow(stats) if candidates is None else candidates
     if damages is None:  # of families: what attends is priced before it is fitted
-        of_prices = dict(memory_budget=memory_budget, cached=cached, progress=progress)
-        options["damages"] = second_order_damage(model, candidates, windows, stats, **of_prices)
+        options["damages"] = second_order_damage(model, candidates, windows, stats, cached=cached, progress=progress)
     wanted = {(b, i): c for b, of_block in candidates.items() for i, c in enumerate(of_block)}
     every = fitted_to(stats, wanted, samples=(), cached=cached)
     candidates = {b: [every[b, i] for i in range(len(of_block))] for b, of_block in candidates.items()}

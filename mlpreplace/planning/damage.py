@@ -14,22 +14,19 @@ from ..fitting.candidate_errors import Candidate, candidate_errors
 from ..fitting.heads import HeadFits
 from ..fitting.neurons import ClosedForm
 from ..models.architectures import known_here
-from ..models.attention import attention_weights, key_units
 from ..models.blocks import Block
 from ..models.inputs import check_windows
 from ..replacements.families import Family, Replacement
 from ..replacements.narrow_attention import NarrowAttention
 from ..runtime.cache import cached
-from ..runtime.memory import memory_budget as memory_budget_of
 from ..runtime.parallel import elsewhere, spread
 from ..statistics.fisher import Sensitivity, fisher_gradients
-from ..statistics.groups import by_group, grouped
+from ..statistics.groups import by_group
 from ..statistics.moments import BlockStatistics, Statistics
 from .candidates import Candidates, fitted_to
 from .knapsack import Damages
 
 ASK = "Use capture(..., validation_windows=4) or more."
-GRADIENTS_SHARE = 2 / 3  # of the memory budget that inputs, outputs and gradients may take beside the statistics
 
 
 @cached("local")
@@ -106,7 +103,6 @@ def second_order_damage(
     *,
     seed: int = 0,
     batch_size: int | None = None,
-    memory_budget: int | str | None = None,
     progress: bool = True,
 ) -> SecondOrder:
     """KL divergence to the dense model, nats per predicted token, to second order in a candidate's error e: ½ E (gᵀe)².
@@ -119,34 +115,19 @@ def second_order_damage(
         stats: what families among ``candidates`` are fitted to.
         seed: of the drawn tokens.
         batch_size: windows in one pass, 2 by default. Where memory runs out, it is halved.
-        memory_budget: as for :func:`~mlpreplace.capture`.
         cached: keep the result on disk and take it from there.
 
     Raises ValueError for windows the model cannot read or of a single token, candidates for another model, families without
     statistics, a call under torch.inference_mode().
     """
     check_windows(windows, model, least=2)
-    budget = memory_budget_of(memory_budget, {block.device for block in candidates})
-    sizes, felt = {block: windows.numel() * bytes_of_token(block) for block in candidates}, {}
-    for some in grouped(candidates, sizes, int(budget * GRADIENTS_SHARE)):  # a backward pass each
-        seen = fisher_gradients(model, some, windows, seed=seed, batch_size=batch_size, progress=progress)
-        for group in by_group(stats, some):
-            jobs = [(block, candidates[block], _of(stats, block), seen.pop(block)) for block in group]
-            found = spread(_felt, jobs, prepare=known_here(), threads=torch.get_num_threads(), n_jobs=_at_a_time())
-            felt |= zip(group, found, strict=True)
-            del jobs  # and with them statistics, before the next ones are captured
+    seen, felt = fisher_gradients(model, candidates, windows, seed=seed, batch_size=batch_size, progress=progress), {}
+    for group in by_group(stats, candidates):
+        jobs = [(block, candidates[block], _of(stats, block), seen.pop(block)) for block in group]
+        found = spread(_felt, jobs, prepare=known_here(), threads=torch.get_num_threads(), n_jobs=_at_a_time())
+        felt |= zip(group, found, strict=True)
+        del jobs  # and with them statistics, before the next ones are captured
     return SecondOrder({block: felt[block] for block in candidates}, windows.shape[0] * (windows.shape[1] - 1))
-
-
-def bytes_of_token(block: Block) -> int:
-    """Bytes of a block's input, output, gradient, outputs of heads, and what is felt of its queries and keys."""
-    whole = 3 * block.hidden_size * block.dtype.itemsize
-    if block.heads is None:
-        return whole
-    whole += block.inner_size * block.dtype.itemsize
-    if (units := key_units(block)) is None:
-        return whole
-    return whole + len(attention_weights(block).key) * len(units) * torch.promote_types(block.dtype, torch.float32).itemsize
 
 
 def _of(stats: Statistics | None, block: Block) -> BlockStatistics | None:

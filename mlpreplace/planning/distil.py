@@ -40,6 +40,7 @@ from .objectives import Loss, batch_objective, distillation, mean_loss, own_loss
 class Healing(Tuning):
     """How to heal. Raises ValueError for values that make no sense."""
 
+    learning_rate: float = 1e-4  # of a 135M-parameter Llama at 25 % sparsity 48 steps take 11 % of the KL, at 3e-4 they take 8 %
     batch_windows: int = 2
     top_k: int = 64  # of the dense model's probabilities; all others are one bucket
     gradient_checkpointing: bool = False  # less memory, a third more time: see :func:`~mlpreplace.models.forward.checkpointed`

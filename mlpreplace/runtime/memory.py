@@ -58,13 +58,23 @@ def memory_budget(given: int | str | None, devices: Collection[torch.device]) ->
 
 
 def on_disk(tensor: Tensor) -> Tensor:
-    """The same tensor of a CPU, mapped from a file that nobody else sees: it takes no memory until it is read."""
+    """The same tensor of a CPU, mapped from a file that nobody else sees: it takes no memory until it is read.
+
+    Raises OSError where it cannot be written.
+    """
     tensor = tensor.detach().contiguous()
-    (folder := cache_dir() / "results").mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:  # whose content stays until the tensor goes
-        file.write(tensor.view(-1).view(torch.uint8).numpy())
-        file.flush()
-        return torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    folder = cache_dir() / "results"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:  # whose content stays until the tensor goes
+            file.write(tensor.view(-1).view(torch.uint8).numpy())
+            file.flush()
+            return torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    except OSError as error:
+        raise OSError(
+            f"{tensor.nbytes:,} bytes could not be left in {folder} ({error}). Make room (make clean empties it) or name another "
+            "folder by MLPREPLACE_CACHE."
+        ) from error
 
 
 def put_away(module: nn.Module) -> None:

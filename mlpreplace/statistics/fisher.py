@@ -20,7 +20,7 @@ from ..models.blocks import Block, block_neurons
 from ..models.forward import State, check_gradients, checkpointed, eval_mode, hidden_states, place_of, watching
 from ..models.inputs import check_batch_size, check_windows, input_device
 from ..runtime.cache import cached
-from ..runtime.memory import halving, trim
+from ..runtime.memory import halving, on_disk, trim
 from .gradients import WINDOWS, frozen, log_probabilities, loss_of
 
 
@@ -33,6 +33,12 @@ class Sensitivity:
     y: Tensor | None = None  # [windows, seq_len, hidden] what leaves it; None for effects, which do not need it
     h: Tensor | None = None  # [windows, seq_len, inner] outputs of heads, as they enter the output projection; None for an MLP
     keys: Tensor | None = None  # [windows, seq_len, groups · units] qᵀ∂/∂q of each unit of queries and keys, summed over heads
+
+    @classmethod
+    def joined(cls, batches: Sequence[Sensitivity]) -> Sensitivity:
+        """Of all windows, on disk, from those of each batch."""
+        parts = {f.name: [getattr(batch, f.name) for batch in batches] for f in fields(cls)}
+        return cls(**{name: None if of[0] is None else on_disk(torch.cat(of)) for name, of in parts.items()})
 
 
 def fisher_gradients(
@@ -47,7 +53,7 @@ def fisher_gradients(
     """Gradients of −log p(next tokens) of the dense ``model`` by the outputs of ``blocks``, the tokens drawn from the model.
 
     Their mean outer product is the Fisher information, the Hessian of KL (Martens 2020, arXiv 1412.1193). A backward pass holds
-    the hidden states of all layers and the inside of one.
+    the hidden states of all layers and the inside of one. What it saw is left on disk, where it takes no memory until it is read.
 
     Args:
         seed: of the drawn tokens.
@@ -61,16 +67,15 @@ def fisher_gradients(
 
     def run(size: int) -> dict[Block, Sensitivity]:
         found: dict[Block, list[Sensitivity]] = {block: [] for block in blocks}
-        _each_batch(model, blocks, windows.split(size), seed, lambda block, seen: found[block].append(seen), False, progress)
-        return {block: _joined(found.pop(block)) for block in blocks}
+
+        def tell(block: Block, seen: Sensitivity) -> None:
+            found[block].append(Sensitivity.joined([seen]))
+
+        _each_batch(model, blocks, windows.split(size), seed, tell, False, progress)
+        return {block: Sensitivity.joined(found.pop(block)) for block in blocks}
 
     _check(model, windows, batch_size)
     return halving(run, batch_size or WINDOWS) if blocks else {}
-
-
-def _joined(batches: list[Sensitivity]) -> Sensitivity:
-    parts = ([getattr(batch, f.name) for batch in batches] for f in fields(Sensitivity))
-    return Sensitivity(*(None if tensors[0] is None else torch.cat(tensors) for tensors in parts))
 
 
 @cached("effects")

@@ -52,7 +52,7 @@ def test_a_plan_is_the_same_under_any_budget(strategy, name):
     plans = []
     for budget in (ONE_BLOCK, ALL):
         model, stats, candidates = case(name, budget)
-        options = {} if strategy == "uniform" else dict(candidates=candidates, windows=VALIDATION, memory_budget=budget)
+        options = {} if strategy == "uniform" else dict(candidates=candidates, windows=VALIDATION)
         plans.append(allocate(model, stats, 0.3, strategy, **options, progress=False))
     assert same(*plans)
 
@@ -64,7 +64,7 @@ def test_prices_are_the_same_under_any_budget():
         options = dict(progress=False)
         found.append(
             [
-                second_order_damage(model, candidates, VALIDATION, stats, memory_budget=budget, **options),
+                second_order_damage(model, candidates, VALIDATION, stats, **options),
                 measured_damage(model, candidates, VALIDATION, stats, **options),
                 local_damage({b: [f for f in of_b if not narrows_keys(f)] for b, of_b in candidates.items()}, stats),
             ]

@@ -86,3 +86,10 @@ def test_a_module_that_was_put_away_computes_the_same_and_takes_no_memory(result
     put_away(module)
     assert resident() < with_it - 2**25
     assert torch.equal(module(x), expected)
+
+
+def test_where_there_is_no_room_the_error_says_how_much_and_where(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLPREPLACE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"4,000 bytes .*file.*MLPREPLACE_CACHE"):
+        on_disk(torch.ones(1000))
