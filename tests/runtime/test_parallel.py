@@ -166,14 +166,13 @@ def test_a_registered_architecture_reaches_the_workers(cluster, registry, pairs)
 def test_prices_of_groups_elsewhere_are_those_of_this_process(backend, pairs):
     model, *_ = pairs
     windows = random_windows(12)
-    some_layers = dict(memory_budget=0, progress=False)
     blocks = find_blocks(model)
-    stats = capture(model, blocks, windows, validation_windows=4, **some_layers)
+    stats = capture(model, blocks, windows, validation_windows=4, memory_budget=0, progress=False)
     assert isinstance(stats, InGroups)
     families = {block: [NarrowMLP(16), LowRank(4), Mean()] for block in blocks}
-    here = second_order_damage(model, families, windows[8:], stats, **some_layers)
+    here = second_order_damage(model, families, windows[8:], stats, progress=False)
     with parallel_config(backend, n_jobs=2):
-        there = second_order_damage(model, families, windows[8:], stats, **some_layers)
+        there = second_order_damage(model, families, windows[8:], stats, progress=False)
     assert here == there
 
 
