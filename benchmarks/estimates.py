@@ -62,7 +62,8 @@ def gradients(run: Compression) -> Step:
     drawn = 8 * BACKWARD_WINDOWS * run.seq_len * run.of.vocabulary
     statistics = run.group if len(run.groups) == 1 else 0  # of all blocks
     seconds = 3 * run.forward(run.validation, head=True)  # forward, again, and by activations: weights are frozen
-    seconds += run.validation * run.seq_len * run.of.vocabulary / DRAWS + sum(run.sensitivities.values()) / DISK
+    seconds += run.validation * run.seq_len * run.of.vocabulary / DRAWS
+    seconds += 3 * sum(run.sensitivities.values()) / DISK  # of each batch written, read to be joined, written
     host = run.walking + max(2 * max(run.sensitivities.values()), drawn)
     return Step("gradients", statistics + run.backward, host, seconds, run.weights)
 
