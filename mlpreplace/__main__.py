@@ -201,7 +201,7 @@ def _parser() -> ArgumentParser:
     c.add_argument("--text", default="bundled/mixture", help="to calibrate on: a bundled text, a file or folder, or a data set")
     c.add_argument("--windows", type=int, default=64, help="of calibration")
     c.add_argument("--validation-windows", type=int, default=8, help="of other documents, which the allocation goes by")
-    c.add_argument("--memory-budget", default=None, help="of statistics beside the model, such as 2GB; less takes more passes")
+    c.add_argument("--memory-budget", default=None, help="of statistics beside the model, such as 2GB; less takes more groups of layers")
     forms = "; ".join(f"{form}: {what}" for form, what in FORMS.items())
     c.add_argument("--form", choices=FORMS, default="delta", help=forms)
 
