@@ -140,7 +140,8 @@ def phrases() -> list[str]:
         f"distilled for {healed['healing_steps']} steps ({healed['healing_tokens']:,} tokens that no fit saw)",
         "keeps {}, {} and {} at these".format(*(percent(r["accuracy_retained"]) for r in kept)),
         f"each ± {100 * doubt[0]:.0f} to {percent(doubt[-1])}",
-        f"(at {share(MIDDLE)} that is {share(achieved['replaceme'])}, with ShortGPT's linear maps {share(achieved['shortgpt_linear'])})",
+        f"(at {share(MIDDLE)} that is {share(achieved['replaceme'])}, with ShortGPT's linear maps "
+        f"{share(achieved['shortgpt_linear'])})",
         f"take in layer {hardest['layer']}, ",
         f"Healing {healed['healing_steps']} steps at {share(MIDDLE)} ends at {mended['subfit']} from SubFit-style, "
         f"{mended['replaceme']} from ReplaceMe and {mended['allocated + refit']} from joint allocation + refit",

@@ -221,8 +221,7 @@ def _see(
         queries[:] = [output.detach()]
         if len(runs) == 1:
             output.register_hook(lambda gradient: found("keys", _felt_by_units(block, units, queries.pop(), gradient)))
-            if again:
-                queries.clear()
+            queries.clear()  # the second run of the layer, which comes before the gradient, gives them again
 
     hooks.enter_context(watching(first, last, enter=enter, leave=leave))
     if block.heads is not None:
