@@ -133,6 +133,7 @@ def _refit(
         for layer in tqdm(range(last + 1), desc="refit", unit="layer", disable=not progress, leave=False):
             if layer == min(b.layer for b in plan):
                 compressed = dense.branch()
+            trim()  # or the heap keeps more with every layer
             here = {b: r for b, r in new.items() if b.layer == layer}
             _fill(here, plan, stats)
             release(stats, [b for b in plan if b.layer > layer])
