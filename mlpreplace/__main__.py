@@ -20,14 +20,13 @@ from .models import load_model
 from .planning import Healing, heal
 from .replacements import Plan, sparsity_of, spliced
 from .runtime.files import new_folder
-from .runtime.memory import put_away
+from .runtime.memory import is_full, put_away
 from .storage import export, load, save
 from .storage.card import DELTA, PLAIN, STANDALONE
 from .storage.record import check_base, read_record
 from .texts import load_windows
 
 FORMS = {DELTA: "what was replaced", STANDALONE: "the whole model", PLAIN: "a checkpoint that transformers loads"}
-NO_ROOM = (MemoryError, torch.OutOfMemoryError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check_sizes(options)
         options.command(options)
-    except NO_ROOM as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_full(error):
+            raise
         return _failed(f"out of memory ({error}). Ask for fewer or shorter windows, or for another --device.", 2)
     except (ValueError, OSError) as error:
         return _failed(str(error), 2)
@@ -201,7 +202,9 @@ def _parser() -> ArgumentParser:
     c.add_argument("--text", default="bundled/mixture", help="to calibrate on: a bundled text, a file or folder, or a data set")
     c.add_argument("--windows", type=int, default=64, help="of calibration")
     c.add_argument("--validation-windows", type=int, default=8, help="of other documents, which the allocation goes by")
-    c.add_argument("--memory-budget", default=None, help="of statistics beside the model, such as 2GB; less takes more passes")
+    c.add_argument(
+        "--memory-budget", default=None, help="of statistics beside the model, such as 2GB; less, more groups of layers"
+    )
     forms = "; ".join(f"{form}: {what}" for form, what in FORMS.items())
     c.add_argument("--form", choices=FORMS, default="delta", help=forms)
 

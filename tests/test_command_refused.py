@@ -158,6 +158,7 @@ FAILURES = [
     (KeyboardInterrupt(), 130, "interrupted"),
     (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB."), 2, "out of memory"),
     (MemoryError(), 2, "out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 2, "out of memory"),
     (OSError(28, "No space left on device"), 2, "No space left"),
     (ValueError("two\nlines | and a bar"), 2, "two lines | and a bar"),
 ]

@@ -85,6 +85,12 @@ def test_a_comparison_without_room_runs_batches_in_halves(llama, small_memory):
         assert found[label].kl.tolist() == expected[label].kl.tolist()
 
 
+def test_a_host_without_room_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    assert memory.is_full(error.value) and not memory.is_full(RuntimeError("shapes differ"))
+
+
 def test_no_room_for_a_single_window_is_an_error_that_says_so():
     def run(windows):
         raise torch.OutOfMemoryError

@@ -123,7 +123,6 @@ def phrases() -> list[str]:
     texts = figure("04_pareto")["provenance"]["texts"]
     calibration, (scored, *_) = texts["calibration"], [r["tokens"] for r in rows("04_pareto", domain=WIKI)]
     healed = row("04_healing", method="recipe + healing", sparsity=MIDDLE, domain=WIKI)
-    ideal = [r["share_of_ideal"] for r in figure("04_speed")["rows"] if r["method"] != "dense"]
     kept = [row("04_accuracy", method="recipe + healing", sparsity=s, task="average") for s in SPARSITIES]
     doubt = sorted(r["accuracy_retained_se"] for r in kept)
     achieved = {
@@ -139,10 +138,10 @@ def phrases() -> list[str]:
         f"{scored:,} tokens each in windows of {calibration['sequence_length']}",
         f"Fits see {calibration['tokens']:,} tokens",
         f"distilled for {healed['healing_steps']} steps ({healed['healing_tokens']:,} tokens that no fit saw)",
-        f"prefill reaches {' to '.join(dict.fromkeys([percent(min(ideal)), percent(max(ideal))]))} of the speed-up",
         "keeps {}, {} and {} at these".format(*(percent(r["accuracy_retained"]) for r in kept)),
         f"each ± {100 * doubt[0]:.0f} to {percent(doubt[-1])}",
-        f"(at {share(MIDDLE)} that is {share(achieved['replaceme'])}, with linear maps {share(achieved['shortgpt_linear'])})",
+        f"(at {share(MIDDLE)} that is {share(achieved['replaceme'])}, with ShortGPT's linear maps "
+        f"{share(achieved['shortgpt_linear'])})",
         f"take in layer {hardest['layer']}, ",
         f"Healing {healed['healing_steps']} steps at {share(MIDDLE)} ends at {mended['subfit']} from SubFit-style, "
         f"{mended['replaceme']} from ReplaceMe and {mended['allocated + refit']} from joint allocation + refit",

@@ -156,7 +156,10 @@ def test_prices_refit_streams_and_units_on_two_devices_are_those_of_one(llama, s
         plan = {block: fitted[0] for block, fitted in candidates.items()}
         prices = m.planning.second_order_damage(model, candidates, windows[:2], progress=False)
         searched, history = m.planning.search(model, plan, candidates, windows[:2], rounds=1, progress=False)
-        refitted = m.refit(model, plan, windows, progress=False).plan
+        attention = m.find_blocks(model, "attention")
+        heads = m.capture(model, attention, windows, validation_windows=0, progress=False)
+        narrow = {b: m.fit(b, heads, m.replacements.NarrowAttention(3, 3, 6), samples=()) for b in attention}
+        refitted = m.refit(model, plan | narrow, windows, progress=False).plan
         units = m.statistics.capture_units(model, blocks, m.models.token_batches(windows), progress=False)
         stream = m.statistics.capture_stream(model, windows, progress=False)
         cka = m.statistics.cka_map(units, blocks, progress=False)

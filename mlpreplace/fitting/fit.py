@@ -211,9 +211,11 @@ def fit_all(
     bar, found = tqdm(total=len(blocks) * len(families), desc="fit", unit="fit", disable=not progress, leave=False), {}
     for group in by_group(stats, blocks):
         jobs = [(block, {block: stats[block]}, family, options) for block in group for family in families]
-        for (block, *_), fitted in zip(jobs, spread(_fit_one, jobs, prepare=known_here(), threads=1, n_jobs=n_jobs), strict=True):
+        asked = [block for block in group for _ in families]
+        for block, fitted in zip(asked, spread(_fit_one, jobs, prepare=known_here(), threads=1, n_jobs=n_jobs), strict=True):
             found.setdefault(block, []).append(fitted)
             bar.update()
+        del jobs  # and with them statistics, before the next ones are captured
     bar.close()
     return {block: found.get(block, []) for block in blocks}
 

@@ -82,7 +82,7 @@ def drop(
     Raises:
         ValueError: a span that was not captured, layers that the model does not have.
     """
-    stand_ins, found = {}, find_layers(model)
+    spans, stand_ins, found = list(spans), {}, find_layers(model)
     for span in spans if bypass else ():
         block = found[span.start]
         stand_ins[span.start] = fit(block, {block: calibration.of_span(span).stream}, bypass, ridge=ridge)

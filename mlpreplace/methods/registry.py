@@ -141,7 +141,7 @@ def calibrate(
         some = torch.cat([validation, fitted[: len(validation)]])  # the first: every prefix has a mixture's shares
         found.effects = fisher_effects(model, list(found.blocks), some, **options)
     if mask is None:
-        found.windows, found.validation = fitted, validation
+        found.windows, found.validation = fitted, validation if len(validation) else None
     return found
 
 

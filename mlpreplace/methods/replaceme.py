@@ -99,7 +99,6 @@ def replaceme(
     *,
     objective: str = "least_squares",
     training: Training = TRAINING,
-    progress: bool = True,
 ) -> Plan:
     """A span of layers dropped, and a linear map for it in the MLP before. The number of layers is the nearest one.
 
@@ -121,7 +120,7 @@ def replaceme(
         raise NotApplicable(f"{block.name}: a norm stands between the MLP and the stream, so that no map can be fused into it.")
     start, trained = time.perf_counter(), None
     if objective == "cosine":
-        t, trained = cosine_map(block, s, training, progress=progress)
+        t, trained = cosine_map(block, s, training, progress=calibration.progress)
     else:
         t = least_squares_map(block, s.mlp)
     replacement = fused(block, t)

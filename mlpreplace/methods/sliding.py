@@ -34,14 +34,14 @@ def drop_mlps(blocks: Sequence[Block]) -> Plan:
 
 
 def drop_layers(model: nn.Module, layers: Sequence[Block]) -> Plan:
-    """The plan without whole ``layers``, blocks from :func:`~mlpreplace.models.blocks.find_layers`."""
+    """The plan without whole ``layers``, blocks from :func:`~mlpreplace.models.layers.find_layers`."""
     return without_layers(model, [block.layer for block in layers])
 
 
 def layers_worth(model: nn.Module, plan: Plan) -> int:
     """How many whole layers, at least one, hold most nearly as many parameters as ``plan`` saves.
 
-    Raises ValueError where whole layers cannot be removed, see :func:`~mlpreplace.models.blocks.find_layers`.
+    Raises ValueError where whole layers cannot be removed, see :func:`~mlpreplace.models.layers.find_layers`.
     """
     weights = layer_parameters(model)
     return max(1, round(removed_parameters(plan) / (sum(weights) / len(weights))))

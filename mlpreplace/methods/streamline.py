@@ -109,7 +109,6 @@ def streamline(
     *,
     stand_in: str = "layer",
     training: Training = TRAINING,
-    progress: bool = True,
 ) -> Plan:
     """A span of layers replaced by one trained stand-in.
 
@@ -123,8 +122,10 @@ def streamline(
     (span,) = streamline_spans(model, calibration.of_stream(model), sparsity, stand_in=stand_in)
     s = calibration.of_span(span).stream
     if stand_in == "layer":
-        return trained_layer(model, span.start, s, training, progress=progress) | without_layers(model, span.layers[1:])
+        return trained_layer(model, span.start, s, training, progress=calibration.progress) | without_layers(
+            model, span.layers[1:]
+        )
     block, weights = find_layers(model)[span.start], layer_parameters(model)
     spare = sum(weights[i] for i in span.layers) - target_parameters(model, sparsity)
-    fitted = fit(block, {block: s}, TwoLayerMLP.nearest(block, spare), training=training, progress=progress)
+    fitted = fit(block, {block: s}, TwoLayerMLP.nearest(block, spare), training=training, progress=calibration.progress)
     return without_layers(model, span.layers, {span.start: fitted})

@@ -177,8 +177,8 @@ def find_blocks(model: nn.Module, kind: str = "mlp") -> list[Block]:
 
 
 def listed(blocks: Iterable[Block]) -> list[Block]:
-    """``blocks`` as a list. Raises ValueError for anything else than blocks."""
-    found = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+    """``blocks`` as a list, each once. Raises ValueError for anything else than blocks."""
+    found = list(dict.fromkeys(blocks)) if isinstance(blocks, Iterable) else [blocks]
     if strange := [block for block in found if not isinstance(block, Block)]:
         raise ValueError(f"Expected blocks, as find_blocks(model) lists them, got a {type(strange[0]).__name__}.")
     return found

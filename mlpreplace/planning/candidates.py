@@ -64,6 +64,12 @@ def savings_of(candidates: Candidates) -> dict[Block, list[int]]:
     return {block: [block.n_params - parameters_of(c, block) for c in of_block] for block, of_block in candidates.items()}
 
 
+def check_captured(stats: Statistics | None, blocks: Iterable[Block]) -> None:
+    """Raise ValueError for blocks whose families cannot be fitted, since they were not captured."""
+    if missing := [block.name for block in blocks if stats is None or block not in stats]:
+        raise ValueError(f"Not in the statistics: {', '.join(missing)}. Families are fitted to stats=capture(...).")
+
+
 def fitted_to(
     stats: Statistics | None, chosen: Mapping[tuple[Block, Hashable], Candidate], **options
 ) -> dict[tuple[Block, Hashable], Replacement]:
@@ -80,8 +86,7 @@ def fitted_to(
     for (block, key), candidate in chosen.items():
         if isinstance(candidate, Family):
             families.setdefault(block, []).append(key)
-    if missing := [block.name for block in families if stats is None or block not in stats]:
-        raise ValueError(f"Not in the statistics: {', '.join(missing)}. Families are fitted to stats=capture(...).")
+    check_captured(stats, families)
     found = {pair: candidate for pair, candidate in chosen.items() if isinstance(candidate, Replacement)}
     for group in by_group(stats, families):
         for block in group:

@@ -23,13 +23,19 @@ from ..runtime.parallel import elsewhere, spread
 from ..statistics.fisher import Sensitivity, fisher_gradients
 from ..statistics.groups import by_group
 from ..statistics.moments import BlockStatistics, Statistics
-from .candidates import Candidates, fitted_to
+from .candidates import Candidates, check_captured, fitted_to
 from .knapsack import Damages
 
 ASK = "Use capture(..., validation_windows=4) or more."
 
 
-@cached("local")
+def _with_reports(candidates: Candidates, stats: Statistics | None) -> tuple:
+    """What local damages depend on: of fitted candidates their validation errors too, which are no content of their own."""
+    reports = [c.report for of_block in candidates.values() for c in of_block if isinstance(c, Replacement)]
+    return candidates, stats, [None if report is None else report.validation for report in reports]
+
+
+@cached("local", key=_with_reports)
 def local_damage(candidates: Candidates, stats: Statistics | None = None) -> Damages:
     """Squared validation error relative to the residual stream, per token: no forward pass is needed.
 
@@ -121,6 +127,7 @@ def second_order_damage(
     statistics, a call under torch.inference_mode().
     """
     check_windows(windows, model, least=2)
+    check_captured(stats, [block for block, of_block in candidates.items() if any(isinstance(c, Family) for c in of_block)])
     seen, felt = fisher_gradients(model, candidates, windows, seed=seed, batch_size=batch_size, progress=progress), {}
     for group in by_group(stats, candidates):
         jobs = [(block, candidates[block], _of(stats, block), seen.pop(block)) for block in group]
@@ -164,7 +171,7 @@ def _felt_of_keys(
     seq_len]}
     """
     narrower = {i: c for i, c in enumerate(candidates) if isinstance(c, NarrowAttention) and c.key_dim is not None}
-    if not narrower:
+    if not narrower or seen.keys is None:  # of heads with norms, whose queries cannot be narrowed: their fit says so
         return {}
     felt = seen.keys.to(block.device, torch.float64)  # [windows, seq_len, groups · units]
     fits = HeadFits(block, s, ClosedForm())
@@ -195,6 +202,7 @@ def measured_damage(
         plans = {(block, i): {block: r} for (block, i), r in fitted.items()}
         measured = compare(model, plans, windows, cached=cached, progress=progress)
         damages |= {block: [measured[block, i].mean_kl for i in range(len(candidates[block]))] for block in group}
+        del fitted, plans  # before others are
     return {block: damages[block] for block in candidates}
 
 

@@ -135,8 +135,8 @@ def _in_place(walk: Walk, here: Plan, attended: Tensor | None = None, *, silent:
     """Put ``here`` in place. Attention gives ``attended``, if that is known; the ``silent`` ones give zeros."""
     with spliced(walk.model, here), ExitStack() as stack:
         if attended is not None:
-            attention = [r for b, r in here.items() if b.kind == "attention"]
-            stack.enter_context(handing_on(attention, lambda: copied_state(attended, walk.device)))
+            ((block, attention),) = [(b, r) for b, r in here.items() if b.kind == "attention"]
+            stack.enter_context(handing_on([attention], lambda: copied_state(attended, block.device)))
         for replacement in silent:
             stack.enter_context(_giving_zeros(replacement))
         yield

@@ -44,7 +44,7 @@ def memory_budget(given: int | str | None, devices: Collection[torch.device]) ->
 
     Raises ValueError for what is no size.
     """
-    given = os.environ.get(VARIABLE) if given is None else given
+    given = os.environ.get(VARIABLE) or None if given is None else given
     if given is None:
         free = [free for device in devices if (free := free_bytes(device)) is not None]
         most = [] if len(free) == len(devices) else [MOST_BUDGET]
@@ -105,18 +105,26 @@ def windows_at_once(devices: Collection[torch.device], window_bytes: int) -> int
     return max(1, min(MOST_WINDOWS, min(free) // (2 * window_bytes)))
 
 
+def is_full(error: Exception) -> bool:
+    """Whether memory ran out: of a GPU, or of the host, of which PyTorch says so in a plain RuntimeError."""
+    of_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return of_host or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
 def halving(run: Callable[[int], Result], number: int, unit: str = "window") -> Result:
     """``run(number)`` of windows at a time. Where memory runs out, start again with half as many, and so on, down to one.
 
     Args:
         unit: of what runs, in messages.
 
-    Raises torch.OutOfMemoryError where not even one at a time fits.
+    Raises what says that memory ran out where not even one at a time fits, see :func:`is_full`.
     """
     while True:
         try:
             return run(number)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_full(error):
+                raise
             if number == 1:
                 hint = "shorter windows, fewer blocks at a time, or more devices do."
                 error.add_note(f"Not even one {unit} at a time fits: {hint}")

@@ -69,7 +69,7 @@ def fisher_gradients(
         found: dict[Block, list[Sensitivity]] = {block: [] for block in blocks}
 
         def tell(block: Block, seen: Sensitivity) -> None:
-            found[block].append(Sensitivity.joined([seen]))
+            found[block].append(seen)
 
         _each_batch(model, blocks, windows.split(size), seed, tell, False, progress)
         return {block: Sensitivity.joined(found.pop(block)) for block in blocks}
@@ -163,9 +163,15 @@ def _backward(
     again: bool,
 ) -> None:
     ids, layers = ids.to(input_device(model)), [layer for _, _, of_stack in layer_lists(model) for layer in of_stack]
+
+    def enter(x: Tensor, *_) -> None:
+        trim()  # or the heap keeps more of every layer, and of its second run
+        if not x.requires_grad:
+            x.requires_grad_()  # the first of a stack is given what no gradient would reach, since all weights are frozen
+
     with eval_mode(model), torch.enable_grad(), frozen(model), checkpointed(layers), ExitStack() as hooks:
-        for layer in layers:  # the first of a stack is given what no gradient would reach, since all weights are frozen
-            hooks.enter_context(watching(layer, enter=lambda x, _: x.requires_grad or x.requires_grad_()))
+        for layer in layers:
+            hooks.enter_context(watching(layer, enter=enter))
         for block in blocks:
             _see(model, block, ids.shape, partial(tell, block), hooks, again)
         loss_of(log_probabilities(model, ids), None, generator).backward()
@@ -179,8 +185,9 @@ def _see(
     hooks: ExitStack,
     again: bool,
 ) -> None:
-    """Watch a block in the forward pass; or, with ``again``, in the second run of its layer, which comes in the backward pass and
-    need not reach the block's output. Then what was seen of one layer is in memory at a time.
+    """Watch a block in the forward pass, and leave on disk what waits there for the gradient; or, with ``again``, watch it in the
+    second run of its layer, which comes in the backward pass and need not reach the block's output. Either way what was seen of
+    one layer is in memory at a time.
     """
     first, last, _ = place_of(model, block)  # raises for blocks of another model
     units = None if block.heads is None else key_units(block)
@@ -190,11 +197,12 @@ def _see(
     runs, queries = [], []
 
     def found(name: str, hidden: Tensor) -> None:
-        seen[name] = hidden.detach().reshape(*shape, -1).to("cpu", copy=True)
+        hidden = hidden.detach().reshape(*shape, -1)
+        seen[name] = hidden.to("cpu", copy=True) if again else on_disk(hidden.to("cpu"))  # what waits for a gradient
         awaited.discard(name)
         if not awaited:
             tell(Sensitivity(**seen))
-            trim()  # or the heap keeps more of every layer's second run
+            seen.clear()  # or this function holds it until the batch ends
 
     def keep(name: str, hidden: Tensor, *_) -> None:
         if name in awaited and len(runs) == 1 + again:
@@ -213,8 +221,7 @@ def _see(
         queries[:] = [output.detach()]
         if len(runs) == 1:
             output.register_hook(lambda gradient: found("keys", _felt_by_units(block, units, queries.pop(), gradient)))
-            if again:
-                queries.clear()
+            queries.clear()  # the second run of the layer, which comes before the gradient, gives them again
 
     hooks.enter_context(watching(first, last, enter=enter, leave=leave))
     if block.heads is not None:

@@ -16,7 +16,7 @@ from ..models.architectures import layer_lists
 from ..models.blocks import Block
 from ..models.inputs import Batch
 from ..models.walk import Walk
-from ..runtime.memory import give_back, halving
+from ..runtime.memory import AtOnce, give_back
 from ..runtime.turns import turn
 from .collect import Part, collect
 from .records import BlockStatistics, Statistics
@@ -32,7 +32,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
         groups: blocks that are captured together.
         batches: of a number of windows at a time, the parts and batches of a pass.
         collector: of a group, with a method ``result(block)``.
-        windows: at a time. Where memory runs out, the pass starts again with half as many.
+        windows: at a time. Where memory runs out, the pass starts again with half as many, which stay for later groups.
         key: what else the statistics depend on, for the cache.
         effects: of the blocks, which are part of their statistics.
 
@@ -53,7 +53,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
         progress: bool = True,
     ):
         self.model, self.groups, self.batches, self.collector = model, groups, batches, collector
-        self.windows, self.key, self.effects, self.progress = windows, key, effects or {}, progress
+        self.at_once, self.key, self.effects, self.progress = AtOnce(windows), key, effects or {}, progress
         self.group_of = {block: i for i, group in enumerate(groups) for block in group}
         self.held: dict[Block, BlockStatistics] = {}
         self.walk: Walk | None = None
@@ -66,7 +66,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
             group = self.groups[self.group_of[block]]
             self.drop(list(self.held))  # before there are others
             with turn(self.model):
-                self.held = _with(halving(lambda windows: self._capture(group, windows), self.windows), self.effects)
+                self.held = _with(self.at_once(lambda windows: self._capture(group, windows)), self.effects)
         return self.held[block]
 
     def __contains__(self, block: object) -> bool:
@@ -100,7 +100,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
         return self._like(self.groups, effects)
 
     def _like(self, groups: Sequence[Sequence[Block]], effects: Mapping[Block, Tensor]) -> InGroups:
-        options = dict(windows=self.windows, key=self.key, effects=effects, progress=self.progress)
+        options = dict(windows=self.at_once.most, key=self.key, effects=effects, progress=self.progress)
         return InGroups(self.model, groups, self.batches, self.collector, **options)
 
     def _capture(self, group: Sequence[Block], windows: int) -> dict[Block, BlockStatistics]:
@@ -119,6 +119,7 @@ class InGroups(Mapping[Block, BlockStatistics]):
         later = self.groups[self.group_of[group[0]] + 1 :]
         stop = max(block.layer for block in group) + 1
         then = min((block.layer for next_group in later for block in next_group), default=stop)
+        stop = max(stop, then)  # layers between two groups run as well
         if self.walk is None or len(self.walk.at) != len(batches) or max(self.walk.at) > min(block.layer for block in group):
             self.walk = Walk(self.model, batches)
         walk = self.walk
@@ -171,9 +172,14 @@ def release(statistics: Statistics | None, later: Collection[Block]) -> None:
 
 
 def by_group(statistics: Statistics | None, blocks: Iterable[Block]) -> list[list[Block]]:
-    """``blocks`` in the groups in which their statistics are in memory at a time, in an order that costs one pass."""
+    """``blocks`` in the groups in which their statistics are in memory at a time, in an order that costs one pass.
+
+    Blocks without statistics are the last group.
+    """
+    blocks = list(blocks)
     if not isinstance(statistics, InGroups):
-        return [list(blocks)]
+        return [blocks]
     asked = set(blocks)
-    groups = ([block for block in group if block in asked] for group in statistics.groups)
+    groups = [[block for block in group if block in asked] for group in statistics.groups]
+    groups.append([block for block in blocks if block not in statistics])
     return [group for group in groups if group]

@@ -93,13 +93,18 @@ Statistics = Mapping[Block, BlockStatistics]
 def combine(first: Statistics, second: Statistics) -> Statistics:
     """Statistics over the tokens of both, which must not overlap: sums add up, samples are put together.
 
-    Raises ValueError when the two are not of the same blocks and moments, or their samples not of the same sequence length.
+    Raises ValueError when the two are not of the same blocks and moments, their samples not of the same sequence length, or where
+    one has effects.
     """
     if set(first) != set(second):
         raise ValueError("The two statistics are of different blocks.")
     both = {}
     for block, a in first.items():
         b = second[block]
+        if a.effect is not None or b.effect is not None:
+            raise ValueError(
+                f"The statistics of {block.name} have effects, which do not add up: combine first, then with_effects."
+            )
         if any((getattr(a, name) is None) != (getattr(b, name) is None) for name in SUMS):
             raise ValueError(f"The two statistics of {block.name} hold different moments.")
         sums = {name: t + getattr(b, name).to(t.device) for name in SUMS if (t := getattr(a, name)) is not None}

@@ -21,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.blocks import Block
+from ..models.blocks import Block, listed
 from ..models.forward import watching
 from ..models.inputs import Batch, check_batches
 from ..runtime.cache import cached
@@ -174,7 +174,7 @@ def capture_units(
             two real tokens, activations that are not finite, blocks of another model, a block whose weights are not what it
             computes.
     """
-    blocks, batches = list(blocks), list(batches)
+    blocks, batches = listed(blocks), list(batches)
     for block in blocks:
         block.weights()  # raises where there are no neurons
     check_batches(batches)

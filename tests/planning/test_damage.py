@@ -10,7 +10,7 @@ from conftest import capture_quietly
 from tiny_models import CAUSAL, INTERMEDIATE, build, random_windows
 from torch import nn
 
-from mlpreplace import NarrowMLP, capture, compare, find_blocks
+from mlpreplace import LowRank, NarrowMLP, capture, compare, find_blocks, fit
 from mlpreplace.fitting.fit import fit_all
 from mlpreplace.planning.damage import local_damage, measured_damage, second_order_damage
 from mlpreplace.replacements import NarrowAttention
@@ -121,6 +121,32 @@ def test_local_damage_is_that_of_the_reports():
     for block, damages in local_damage(candidates).items():
         assert damages == [r.report.validation.damage for r in candidates[block]]
         assert damages[0] > damages[1]
+
+
+def test_stored_local_damages_are_those_of_the_same_reports(results):
+    """Fits to the same windows have the same weights, whatever they were validated on."""
+    model = build("llama")
+    for seed in (1, 2):
+        blocks, stats = capture_quietly(model, torch.cat([random_windows(6), random_windows(2, seed=seed)]))
+        candidates = fit_all(blocks, stats, [NarrowMLP(12)], progress=False)
+        assert local_damage(candidates, cached=True) == local_damage(candidates)
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_what_was_fitted_before_is_priced_whatever_the_budget(llama, budget):
+    (mlp, *_), (attention, *_) = find_blocks(llama), find_blocks(llama, "attention")
+    fitted = fit(attention, capture(llama, [attention], WINDOWS, validation_windows=2, progress=False), LowRank(4))
+    groups = capture(llama, find_blocks(llama), WINDOWS, validation_windows=2, memory_budget=budget, progress=False)
+    damages = local_damage({mlp: [NarrowMLP(12)], attention: [fitted]}, groups)
+    assert damages[attention] == [fitted.report.validation.damage]
+
+
+def test_a_family_without_statistics_is_refused_before_the_pass(llama):
+    model, blocks, stats = llama, *capture_quietly(llama, random_windows())
+    attention = find_blocks(model, "attention")[0]
+    candidates = {blocks[0]: [NarrowMLP(12)], attention: [NarrowAttention(4, 4, 8, 6)]}
+    with pytest.raises(ValueError, match=f"Not in the statistics: {attention.name}"):
+        second_order_damage(model, candidates, WINDOWS, stats, progress=False)
 
 
 def test_local_damage_does_not_know_scores(llama):

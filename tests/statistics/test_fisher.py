@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import CAUSAL, build, random_windows
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 
 from mlpreplace import NarrowMLP, capture, find_blocks, fit
@@ -90,6 +91,18 @@ def test_the_price_of_narrower_keys_is_half_the_effect_of_what_is_left_out(name)
         left_out = HeadFits(block, stats[block], ClosedForm()).units_left_out(narrow).flatten()
         of_units = effects[block][n:, n:]
         assert_close(price, of_units[left_out][:, left_out].sum().item() / (2 * PREDICTED), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("pass_over", [fisher_effects, fisher_gradients])
+def test_a_backward_pass_holds_nothing_of_the_inside_of_a_layer(pass_over, llama):
+    """Of queries, keys and neurons nothing is left when the last layer is done."""
+    made, alive = [], []
+    for layer in llama.model.layers:
+        for inside in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.up_proj):
+            inside.register_forward_hook(lambda _, args, y: made.append(StorageWeakRef(y.untyped_storage())))
+    llama.model.norm.register_forward_pre_hook(lambda *_: alive.append([ref.expired() for ref in made].count(False)))
+    pass_over(llama, find_blocks(llama) + find_blocks(llama, "attention"), WINDOWS, **QUIET)
+    assert made and alive == [0, 0]
 
 
 def test_heads_and_neurons_are_kept_by_effect(llama):

@@ -6,6 +6,7 @@ from conftest import capture_quietly
 from reference_moments import assert_moments, reference
 from tiny_models import random_windows
 
+from mlpreplace.statistics import with_effects
 from mlpreplace.statistics.records import MOMENTS, combine
 
 
@@ -39,6 +40,13 @@ def test_samples_of_different_lengths_are_not_merged(llama, windows):
     _, second = capture_quietly(llama, windows[:, :8])
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp are of windows of different lengths, 12 and 8"):
         combine(first, second)
+
+
+def test_effects_do_not_add_up(llama, windows):
+    blocks, first = capture_quietly(llama, windows)
+    felt = with_effects(first, {blocks[0]: torch.ones(blocks[0].intermediate_size)})
+    with pytest.raises(ValueError, match="effects, which do not add up"):
+        combine(felt, first)
 
 
 @pytest.mark.parametrize("change", ["blocks", "moments"])
