@@ -97,15 +97,18 @@ def test_objectives_are_ratios_to_the_closed_form():
         assert labels(axes.get_xticklabels()) == [title.replace(": ", "\n") for title in TITLES]
 
 
-def test_selections_have_a_line_a_rule():
+def test_selections_have_a_line_a_rule_of_errors_and_of_what_they_cost_the_model():
     parts = [
         a_block(selection=rule, share_of_block=SIZES, value=[x, x / 2, x / 4]) for rule, x in (("obs", 0.3), ("random", 0.8))
     ]
-    rows = pd.concat(parts).rename(columns={"value": "median"})
+    rows = (
+        pd.concat(parts).rename(columns={"value": "median"}).assign(kl=lambda r: r["median"] / 5, kl_other=lambda r: r["median"])
+    )
     figure = selections(rows)
     assert titles(figure) == TITLES and legend(figure) == ["obs", "random"]
-    for axes, layer in zip(figure.axes, (2, 9), strict=True):
-        assert points(axes) == pairs(of(rows, layer)["share_of_block"], of(rows, layer)["median"])
+    for line, factor in zip(np.array(figure.axes).reshape(2, 2), (1, 0.6), strict=True):
+        for axes, layer in zip(line, (2, 9), strict=True):
+            assert points(axes) == pairs(of(rows, layer)["share_of_block"], factor * of(rows, layer)["median"])
 
 
 @pytest.mark.parametrize("fitted_on", [("wiki", "both"), ("a", "b", "c", "d")], ids=len)

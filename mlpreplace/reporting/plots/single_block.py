@@ -184,19 +184,29 @@ def objectives(rows: pd.DataFrame) -> plt.Figure:
 
 
 def selections(rows: pd.DataFrame) -> plt.Figure:
-    """Held-out error of a NarrowMLP against its size for each rule that chooses its neurons; a panel a block.
+    """A NarrowMLP by the rule that chooses its neurons, against its size: its own error above, what it costs the model below.
+
+    A column a block, a line a rule.
 
     Args:
-        rows: layer, position, selection, share_of_block, median; held-out.
+        rows: layer, position, selection, share_of_block, median (error per token), kl and kl_other (nats per token, of the model
+            with this block alone replaced, in two domains); below is the mean of the two.
     """
-    figure, drawn = panels(_blocks(rows), (WIDTH, 2.8), sharey=True)
-    for axes, title, part in drawn:
-        draw_lines(axes, part, ("selection", "share_of_block", "median"), SELECTION_LOOKS)
-        axes.set(xscale="log", yscale="log", title=title, xlabel=KEPT)
-        log_ticks(axes.xaxis, percent, (1, 3))
-    log_ticks(drawn[0][0].yaxis)
-    drawn[0][0].set_ylabel("median held-out error per token")
-    legend_above(figure, 4)
+    rows = rows.assign(both=(rows["kl"] + rows["kl_other"]) / 2)
+    blocks = _blocks(rows)
+    measures = {"median": "median held-out\nerror per token", "both": "KL of the model (nats),\ntwo domains"}
+    figure, grid = plt.subplots(2, len(blocks), figsize=(WIDTH, 4.6), sharex=True, sharey="row", squeeze=False)
+    for line, (measure, label) in zip(grid, measures.items(), strict=True):
+        for axes, part in zip(line, blocks.values(), strict=True):
+            draw_lines(axes, part, ("selection", "share_of_block", measure), SELECTION_LOOKS)
+            axes.set(xscale="log", yscale="log")
+            log_ticks(axes.xaxis, percent, (1, 3))
+        log_ticks(line[0].yaxis)
+        line[0].set_ylabel(label)
+    for above, below, title in zip(grid[0], grid[-1], blocks, strict=True):
+        above.set_title(title)
+        below.set_xlabel(KEPT)
+    legend_above(figure, 6, columnspacing=1)
     return figure
 
 
