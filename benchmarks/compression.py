@@ -129,11 +129,11 @@ class Compression:
 
     @cached_property
     def refitting(self) -> int:
-        """Sums of the widest regression three times in float64; features of a batch in float32, and those of validation text."""
+        """Sums of the widest regression twice in float64, its solutions; features of a batch, and those of validation text."""
         d, m = self.of.mlp.hidden_size, self.of.mlp.intermediate_size
         w = m - m // WIDTH_STEPS
         unseen = self.validation * self.seq_len * (w + d) * self.of.itemsize
-        return 24 * (w**2 + w * d) + WINDOWS * self.seq_len * (8 * w + 40 * d) + unseen
+        return 16 * w**2 + 32 * w * d + WINDOWS * self.seq_len * (8 * w + 40 * d) + unseen
 
     def forward(self, windows: int, head: bool = False) -> float:
         """Seconds."""

@@ -100,8 +100,14 @@ def socket_place() -> str:
     raise Refused(f"No folder for a kernel's sockets: set TMPDIR to one whose name has at most {SOCKET_BYTES} bytes.")
 
 
-def execute(notebook: Path, parameters: dict, folder: str) -> Path:
-    """One notebook, from the top, where it stands; returns the executed copy in ``folder``."""
+def cell_seconds(notebook: nbformat.NotebookNode) -> str:
+    """The cells that took a second or more, by number."""
+    took = {c.execution_count: c.metadata.papermill.duration or 0 for c in notebook.cells if c.cell_type == "code"}
+    return ", ".join(f"[{number}] {seconds:.0f} s" for number, seconds in took.items() if seconds >= 1)
+
+
+def execute(notebook: Path, parameters: dict, folder: str) -> tuple[Path, str]:
+    """One notebook, from the top, where it stands; returns the executed copy in ``folder``, and what its cells took."""
     output = ROOT / folder / notebook.relative_to(HERE)
     with suppress(FileExistsError):
         (ROOT / "executed").mkdir()
@@ -110,9 +116,9 @@ def execute(notebook: Path, parameters: dict, folder: str) -> Path:
     options = {"cwd": str(HERE), "kernel_name": "python3", "progress_bar": sys.stderr.isatty()}
     with tempfile.TemporaryDirectory(prefix="mlpreplace-", dir=socket_place()) as sockets:  # of this user's, unlike ports
         local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
-        papermill.execute_notebook(str(notebook), str(output), parameters=parameters, config=local, **options)
+        executed = papermill.execute_notebook(str(notebook), str(output), parameters=parameters, config=local, **options)
     tidy(output)
-    return output
+    return output, cell_seconds(executed)
 
 
 def requested(arguments: list[str] | None) -> tuple[argparse.Namespace, list[tuple[Path, dict]], str]:
@@ -154,8 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
         for notebook, parameters in todo:
             start = time.time()
             print(f"{notebook.stem} ({options.profile}) …", flush=True)
-            output = execute(notebook, parameters, copies)
-            print(f"{notebook.stem} done in {time.time() - start:.0f} s", flush=True)
+            output, by_cell = execute(notebook, parameters, copies)
+            print(f"{notebook.stem} done in {time.time() - start:.0f} s, by cells {by_cell}", flush=True)
             if options.publish:
                 notebook.write_bytes(output.read_bytes())
     except Refused as error:

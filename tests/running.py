@@ -20,7 +20,7 @@ NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb")) + STUDIES
 def what_runs(monkeypatch) -> list[tuple[str, dict, str]]:
     """(notebook, parameters, folder of the copy) of what would be executed."""
     seen = []
-    monkeypatch.setattr(run, "execute", lambda path, given, folder: seen.append((run.name_of(path), given, folder)) or path)
+    monkeypatch.setattr(run, "execute", lambda path, given, folder: seen.append((run.name_of(path), given, folder)) or (path, ""))
     return seen
 
 

@@ -183,7 +183,10 @@ def notebook(tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(module, "HERE", folder)
     monkeypatch.setattr(run, "ROOT", tmp_path)
     cell = nbformat.v4.new_code_cell("X = 1", metadata={"tags": ["parameters"]})
-    cells, about = [cell, nbformat.v4.new_code_cell("print(X)")], {"language_info": {"name": "python"}}
+    cells, about = (
+        [cell, nbformat.v4.new_code_cell("import time; time.sleep(1)\nprint(X)")],
+        {"language_info": {"name": "python"}},
+    )
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=about), folder / "01_x.ipynb")
     return folder / "01_x.ipynb"
 
@@ -193,7 +196,8 @@ def test_a_long_folder_for_temporary_files_is_no_obstacle(notebook, tmp_path, mo
     (long := tmp_path / ("é" * 60)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     monkeypatch.setenv("TMPDIR", str(long))
-    copy = run.execute(notebook, {"X": 3}, "executed/cpu")
+    copy, by_cell = run.execute(notebook, {"X": 3}, "executed/cpu")
+    assert by_cell.startswith("[3] "), "the slow one; the second holds the parameters"
     assert nbformat.read(copy, as_version=4).cells[-1].outputs[0].text == "3\n"
     assert (tmp_path / "executed" / run.MARK).is_file() and not list(long.iterdir())
 

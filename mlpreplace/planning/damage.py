@@ -19,6 +19,7 @@ from ..models.inputs import check_windows
 from ..replacements.families import Family, Replacement
 from ..replacements.narrow_attention import NarrowAttention
 from ..runtime.cache import cached
+from ..runtime.memory import trim
 from ..runtime.parallel import elsewhere, spread
 from ..statistics.fisher import Sensitivity, fisher_gradients
 from ..statistics.groups import by_group
@@ -149,6 +150,7 @@ def _at_a_time() -> int | None:
 @torch.no_grad()
 def _felt(block: Block, candidates: Sequence[Candidate], s: BlockStatistics | None, seen: Sensitivity) -> Tensor:
     """gᵀe of each candidate, [candidates, windows · seq_len]; zero for a window's last token, which predicts nothing."""
+    trim()  # or the heap keeps more with every block
     felt = torch.zeros(len(candidates), seen.x[..., 0].numel(), dtype=torch.float32, device="cpu")
     s = None if s is None else s.to(block.device)
     x, y, g = (t.to(block.device) for t in (seen.x, seen.y, seen.gradient))  # [windows, seq_len, hidden]

@@ -103,6 +103,7 @@ class Regression:
         Returns a token's squared error, what is left of it, and λ, which is None where the weights stay.
         """
         n, sum_f, sum_e, ff, fe, ee = self.sums
+        self.sums = []  # so that what is centred takes their place
         error = ee / n
         if out.bias is not None:
             ff, fe = centred(ff, sum_f, sum_f, n), centred(fe, sum_f, sum_e, n)
@@ -114,6 +115,7 @@ class Regression:
             unseen = self._error_of_unseen(delta, bias)
             if not self.unseen or unseen < least:
                 least, best = unseen, (ridge, delta, bias)
+            del c, delta  # before the next copy
         if best is None:
             return {"error": error.item(), "error_left": error.item(), "ridge": None}
         ridge, delta, bias = best

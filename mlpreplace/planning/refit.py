@@ -20,7 +20,7 @@ from ..replacements.families import Family
 from ..replacements.records import FitReport
 from ..replacements.splice import Improved, Plan, bodies, check_plan, copied
 from ..runtime.cache import cached
-from ..runtime.memory import WINDOWS, halving, put_away
+from ..runtime.memory import WINDOWS, halving, put_away, trim
 from ..runtime.turns import turn
 from ..statistics.groups import InGroups, release
 from ..statistics.records import Statistics
@@ -89,6 +89,7 @@ def refit(
     ridges = by_default if ridge is None else (ridge,)
 
     def run(size: int) -> Improved:
+        trim()  # weights that are not set yet would keep what was freed
         new = _new(plan)
         check_plan(model, new)
         matter = model, plan, new, windows, validation, stats, Refit(towards, ridges), size
@@ -132,6 +133,7 @@ def _refit(
         for layer in tqdm(range(last + 1), desc="refit", unit="layer", disable=not progress, leave=False):
             if layer == min(b.layer for b in plan):
                 compressed = dense.branch()
+            trim()  # or the heap keeps more with every layer
             here = {b: r for b, r in new.items() if b.layer == layer}
             _fill(here, plan, stats)
             release(stats, [b for b in plan if b.layer > layer])
