@@ -64,9 +64,10 @@ def savings_of(candidates: Candidates) -> dict[Block, list[int]]:
     return {block: [block.n_params - parameters_of(c, block) for c in of_block] for block, of_block in candidates.items()}
 
 
-def check_captured(stats: Statistics | None, blocks: Iterable[Block]) -> None:
-    """Raise ValueError for blocks whose families cannot be fitted, since they were not captured."""
-    if missing := [block.name for block in blocks if stats is None or block not in stats]:
+def check_captured(stats: Statistics | None, candidates: Candidates) -> None:
+    """Raise ValueError for blocks with families among their candidates that cannot be fitted: they were not captured."""
+    asked = [block for block, of_block in candidates.items() if any(isinstance(c, Family) for c in of_block)]
+    if missing := [block.name for block in asked if stats is None or block not in stats]:
         raise ValueError(f"Not in the statistics: {', '.join(missing)}. Families are fitted to stats=capture(...).")
 
 
@@ -82,16 +83,16 @@ def fitted_to(
 
     Raises ValueError for families of blocks that were not captured, and what ``fit`` raises.
     """
-    families: dict[Block, list] = {}
+    families: dict[Block, dict[Hashable, Family]] = {}
     for (block, key), candidate in chosen.items():
         if isinstance(candidate, Family):
-            families.setdefault(block, []).append(key)
-    check_captured(stats, families)
+            families.setdefault(block, {})[key] = candidate
+    check_captured(stats, {block: list(of_block.values()) for block, of_block in families.items()})
     found = {pair: candidate for pair, candidate in chosen.items() if isinstance(candidate, Replacement)}
     for group in by_group(stats, families):
         for block in group:
-            for key in families[block]:
-                found[block, key] = fit(block, stats, chosen[block, key], **options)
+            for key, family in families[block].items():
+                found[block, key] = fit(block, stats, family, **options)
     return {pair: found[pair] for pair in chosen}
 
 

@@ -44,6 +44,7 @@ def local_damage(candidates: Candidates, stats: Statistics | None = None) -> Dam
 
     Raises ValueError where there is no validation error, or a family and no statistics.
     """
+    check_captured(stats, candidates)
     damages = {block: [0.0] * len(of_block) for block, of_block in candidates.items()}
     for group in by_group(stats, candidates):
         for block in group:
@@ -60,9 +61,7 @@ def local_damage(candidates: Candidates, stats: Statistics | None = None) -> Dam
     return damages
 
 
-def _local(block: Block, families: Sequence[Family], stats: Statistics | None) -> Iterator[tuple[int, float]]:
-    if stats is None or block not in stats:
-        raise ValueError(f"{block.name}: {families[0]} is to be fitted, and was not captured: stats=capture(...).")
+def _local(block: Block, families: Sequence[Family], stats: Statistics) -> Iterator[tuple[int, float]]:
     s = stats[block].to(block.device)
     if s.validation is None:
         raise ValueError(f"{block.name}: no validation error to allocate by. {ASK}")
@@ -128,7 +127,7 @@ def second_order_damage(
     statistics, a call under torch.inference_mode().
     """
     check_windows(windows, model, least=2)
-    check_captured(stats, [block for block, of_block in candidates.items() if any(isinstance(c, Family) for c in of_block)])
+    check_captured(stats, candidates)
     seen, felt = fisher_gradients(model, candidates, windows, seed=seed, batch_size=batch_size, progress=progress), {}
     for group in by_group(stats, candidates):
         jobs = [(block, candidates[block], _of(stats, block), seen.pop(block)) for block in group]
@@ -198,6 +197,7 @@ def measured_damage(
     statistics.
     """
     check_windows(windows, model, least=2)
+    check_captured(stats, candidates)
     damages = {}
     for group in by_group(stats, candidates):
         fitted = fitted_to(stats, {(block, i): c for block in group for i, c in enumerate(candidates[block])})

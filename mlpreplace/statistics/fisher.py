@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..models.architectures import layer_lists
 from ..models.attention import attention_weights, key_units, query_columns
-from ..models.blocks import Block, block_neurons
+from ..models.blocks import Block, block_neurons, listed
 from ..models.forward import State, check_gradients, checkpointed, eval_mode, hidden_states, place_of, watching
 from ..models.inputs import check_batch_size, check_windows, input_device
 from ..runtime.cache import cached
@@ -63,15 +63,11 @@ def fisher_gradients(
         ValueError: windows the model cannot read or of a single token, blocks of another model or of a kind that cannot be
             replaced, a model that gives NaN, a call under torch.inference_mode().
     """
-    blocks = list(dict.fromkeys(blocks))
+    blocks = listed(blocks)
 
     def run(size: int) -> dict[Block, Sensitivity]:
         found: dict[Block, list[Sensitivity]] = {block: [] for block in blocks}
-
-        def tell(block: Block, seen: Sensitivity) -> None:
-            found[block].append(seen)
-
-        _each_batch(model, blocks, windows.split(size), seed, tell, False, progress)
+        _each_batch(model, blocks, windows.split(size), seed, lambda block, seen: found[block].append(seen), False, progress)
         return {block: Sensitivity.joined(found.pop(block)) for block in blocks}
 
     _check(model, windows, batch_size)
@@ -102,7 +98,7 @@ def fisher_effects(
     Returns:
         {block: effects} of blocks that have neurons or heads, in nats, summed over tokens, in float64 on the block's device.
     """
-    blocks = [block for block in dict.fromkeys(blocks) if block.has_neurons or block.heads is not None]
+    blocks = [block for block in listed(blocks) if block.has_neurons or block.heads is not None]
 
     def run(size: int) -> dict[Block, Tensor]:
         found: dict[Block, Tensor] = {}
