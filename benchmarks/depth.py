@@ -2,7 +2,7 @@
 
 python benchmarks/depth.py [--layers 16 32] [--memory-budget 2GB]
 
-Memory beside the model is the peak of the whole process less the bytes of the weights. An hour on two cores.
+Memory beside the model is the peak of the whole process less the bytes of the weights. Two hours on two cores.
 """
 
 from __future__ import annotations

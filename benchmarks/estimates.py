@@ -16,6 +16,7 @@ from model_size import size_of
 from rates import DISK, DRAWS, FP32, HASH, LINK, eigen_seconds, fit_seconds
 
 from mlpreplace.evaluation.sweep import SCORED_AT_ONCE_GPU
+from mlpreplace.methods.registry import CHOICE_WINDOWS
 from mlpreplace.runtime.memory import WINDOWS, memory_budget
 from mlpreplace.statistics.gradients import WINDOWS as BACKWARD_WINDOWS
 
@@ -50,8 +51,8 @@ def loading(run: Compression) -> Step:
 
 
 def effects(run: Compression) -> Step:
-    """A backward pass over as much calibration as validation text. What is seen of a layer is on the host for a batch."""
-    windows = 2 * run.validation
+    """A backward pass over the first calibration windows. What is seen of a layer is on the host for a batch."""
+    windows = min(CHOICE_WINDOWS, run.windows)
     host = BACKWARD_WINDOWS * run.seq_len * (bytes_of_token(run.of.mlp) + bytes_of_token(run.of.attention))
     seconds = 3 * run.forward(windows, head=True) + windows * run.seq_len * run.of.vocabulary / DRAWS
     return Step("effects", run.backward, host, seconds, run.weights)

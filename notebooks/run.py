@@ -154,23 +154,26 @@ def requested(arguments: list[str] | None) -> tuple[argparse.Namespace, list[tup
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """2 for a request that cannot be met, 1 for a notebook that failed; the reason is on stderr."""
+    """2 for a request that cannot be met, 1 for a notebook that failed, behind which the others run; the reason is on stderr."""
+    failed = False
     try:
         options, todo, copies = requested(arguments)
         for notebook, parameters in todo:
             start = time.time()
             print(f"{notebook.stem} ({options.profile}) …", flush=True)
-            output, by_cell = execute(notebook, parameters, copies)
+            try:
+                output, by_cell = execute(notebook, parameters, copies)
+            except PapermillExecutionError as error:
+                print(f"error: {notebook.stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
+                print(f"The copy in {copies}/ shows where.", file=sys.stderr)
+                failed = True
+                continue
             print(f"{notebook.stem} done in {time.time() - start:.0f} s, by cells {by_cell}", flush=True)
             if options.publish:
                 notebook.write_bytes(output.read_bytes())
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PapermillExecutionError as error:
-        print(f"error: {notebook.stem}, cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
-        print(f"The copy in {copies}/ shows where.", file=sys.stderr)
-        return 1
     except DeadKernelError:
         print(f"error: {notebook.stem}: its process was killed, which is what happens when memory runs out.", file=sys.stderr)
         print("Run it again: what was cached by then is taken from the cache.", file=sys.stderr)
@@ -178,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # of a disk that is full, of a folder that is not ours
         print(f"error: {notebook.stem}: the executed copy could not be written: {error}", file=sys.stderr)
         return 1
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("Makefile", "make.py", "assets.txt", "pyproject.toml", "constraints.txt")
+COPIED = ("Makefile", "make.py", "assets.txt", "assets-gemma.txt", "pyproject.toml", "constraints.txt")
 STUB = """#!{python} -IS
 import runpy, shutil, sys
 from pathlib import Path

@@ -203,7 +203,7 @@ def results(tmp_path, monkeypatch):
 @pytest.fixture
 def fresh_assets():
     """Nothing remembered about assets or code, before and after a test that moves them."""
-    memories = assets.asset, assets.asset_hashes, cache.code_hash
+    memories = assets.asset, assets.listed_assets, cache.code_hash
     for memory in memories:
         memory.cache_clear()
     yield

@@ -116,19 +116,6 @@ def test_healing_reads_what_the_fits_did_not_see_where_there_is_enough(steps, en
     assert ("what the fits saw" in capsys.readouterr().err) != enough
 
 
-def test_neurons_are_chosen_by_validation_and_the_first_calibration_windows(given, tmp_path, monkeypatch):
-    """Every prefix of a mixture's windows has its shares; windows at equal distances may be of one text alone."""
-    folder, text, options, calibration = given
-    read = []
-    seen = lambda model, blocks, ids, **_: read.append(ids) or pytest.fail("enough")  # noqa: E731
-    monkeypatch.setattr("mlpreplace.methods.registry.fisher_effects", seen)
-    with pytest.raises(pytest.fail.Exception):
-        main(["compress", folder, "--sparsity", "0.25", "--out", str(tmp_path / "out"), *calibration, *options])
-    tokenizer = load_model(folder, device="cpu")[1]
-    first = [load_windows(text, tokenizer, split, seq_len=SEQ_LEN, n_windows=2) for split in ("validation", "calibration")]
-    assert torch.equal(read[0], torch.cat(first))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

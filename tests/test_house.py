@@ -12,16 +12,16 @@ import mlpreplace
 PACKAGE = Path(mlpreplace.__file__).parent
 HOUSE = {  # every room, left to right, and its files, top to bottom: each may import what stands before it
     "runtime": "files turns fingerprint cache memory half_products parallel",
-    "texts": "assets corpora windows",
+    "texts": "assets corpora windows glue",
     "models": "stack guess architectures weights blocks parameters attention layers inputs forward walk generation checkpoints"
     " gguf loading",
-    "replacements": "kv_cache records modules families narrow_attention hybrids nested whole_layers splice",
+    "replacements": "kv_cache records modules families narrow_attention plus_mean factored hybrids nested whole_layers splice",
     "statistics": "collect records groups weight_check accumulator moments residual_stream gradients fisher unit_similarity",
     "fitting": "ridge neurons errors heads features closed_form pairs state training fit candidate_errors",
-    "evaluation": "sweep perplexity tasks.run tasks.scores tasks speed int8 parameter_share",
+    "evaluation": "sweep perplexity tasks.files tasks.run tasks.scores tasks.probe tasks speed int8 pruning parameter_share",
     "planning": "knapsack candidates damage search rollback allocate read_out refit_layer refit objectives distil nest",
-    "methods": "calibration registry layer_drop uniform allocated recipe shortgpt uidl replaceme streamline subfit merging "
-    "sliding",
+    "methods": "calibration registry layer_drop uniform allocated recipe shortgpt uidl replaceme streamline subfit flap modegpt"
+    " svd_llm merging sliding",
     "beyond_language": "images translation pretrain",
     "storage": "tensors card record rebuild save export",
     "reporting": "tables record plots.looks plots.style plots.parameter_share plots.single_block plots.sensitivity"

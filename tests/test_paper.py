@@ -92,7 +92,7 @@ def test_a_sentence_that_is_no_longer_true_does_not_compile(copy):
     path = copy / "figures" / "04_pareto.json"
     figure = json.loads(path.read_text())
     for row in figure["rows"]:
-        if row["method"] == "knapsack":
+        if row["method"] == "recipe":
             row["perplexity_ratio"] *= 2
     path.write_text(json.dumps(figure))
     with pytest.raises(typst.TypstError, match="no longer true: the recipe loses less than the knapsack"):

@@ -215,3 +215,17 @@ def test_a_copy_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(run, "ROOT", tmp_path)
     assert run.main(["--only", "02"]) == 1
     assert "could not be written" in capsys.readouterr().err
+
+
+def test_behind_a_notebook_that_failed_the_others_run(monkeypatch, capsys):
+    def execute(notebook, parameters, folder):
+        if notebook.stem.startswith("01"):
+            raise papermill.exceptions.PapermillExecutionError(2, 3, "x", "ValueError", "no hub", [])
+        return notebook, "all of its cells"
+
+    monkeypatch.setattr(run, "execute", execute)
+    assert run.main(["--only", "01", "02"]) == 1
+    said = capsys.readouterr()
+    assert "02_single_block done" in said.out and "01_parameter_share, cell 3: ValueError: no hub" in said.err
+    monkeypatch.setattr(run, "execute", lambda notebook, *of: (notebook, ""))
+    assert run.main(["--only", "01", "02"]) == 0

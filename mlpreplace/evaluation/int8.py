@@ -7,6 +7,8 @@ and all other tokens are rounded to nearly zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -17,8 +19,9 @@ from ..models.weights import Inserted, unlike_linear
 from ..replacements.splice import lazy_clone, lazy_copy, refuse_checkpoint
 
 ACTIVATION_LEVELS = 127
-WEIGHT_LEVELS = 63  # not 127: x86 without VNNI adds pairs of products in 16 bits, which hold at most 2 · 255 · 64
+WEIGHT_LEVELS = 63  # not 127: products of older kernels on x86 without VNNI are added in pairs of 16 bits, at most 2 · 255 · 64
 FEWEST, STEP = 17, 8  # of a CUDA product: rows at least, and what both widths are multiples of
+EXACT = 1024  # products of two int8 numbers, whose sum float32 holds exactly: 1024 · 2¹⁴ = 2²⁴
 NARROWEST = 16  # outputs; smaller layers are left out: they gain nothing, and the router of a mixture stays exact
 
 
@@ -55,9 +58,15 @@ class Int8Linear(Inserted):
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """X Wᵀ in int32, [tokens, out], of int8 ``x`` [tokens, in] and ``weight`` [out, in].
 
+    On a processor without VNNI instructions PyTorch's own product is a plain loop, some thirty times as slow as one in float32.
+    There the product is made in float32, of so many columns at a time that it is exact.
+
     cuBLAS takes 17 rows or more, and widths that are multiples of 8. Off the CPU both are filled up with zeros.
     """
     (tokens, width), outputs = x.shape, len(weight)
+    if x.device.type == "cpu" and not torch.cpu._is_vnni_supported():
+        parts = zip(x.split(EXACT, 1), weight.split(EXACT, 1), strict=True)
+        return sum((some.float() @ of_weight.float().T).int() for some, of_weight in parts)
     if x.device.type != "cpu":
         x = _filled(x, max(tokens, FEWEST), width + -width % STEP)
         weight = _filled(weight, outputs + -outputs % STEP, width + -width % STEP)
@@ -82,8 +91,8 @@ def quantized(model: nn.Module) -> nn.Module:
     with fewer than 16 outputs (routers), and parameters outside of linear layers (the experts of a Mixtral). ``save_pretrained``
     of the result raises.
 
-    The arithmetic is that of torchao's Int8DynamicActivationInt8Weight with one bit less for weights. With 8 bits, products
-    overflow silently on a processor without VNNI instructions; with 7, all processors give the same numbers, and GPUs too.
+    The arithmetic is that of torchao's Int8DynamicActivationInt8Weight with one bit less for weights. With 8 bits, kernels that
+    add products in pairs of 16 bits overflow silently; with 7, all processors give the same numbers, and GPUs too.
 
     Raises:
         NotApplicable: a model on a device for which PyTorch has no int8 product.
@@ -97,16 +106,27 @@ def quantized(model: nn.Module) -> nn.Module:
             f"{wide[0].name} gives float32 in a half-precision model, where its outputs would overflow, and an int8 layer gives "
             "the precision that it reads: load the model in float32."
         )
-    layers = {layer for block in blocks for module in block.modules for layer in module.modules() if _fits(layer)}
+    layers = linear_layers(model)
     if not layers:
         raise ValueError(f"No linear layer in the blocks of {type(model).__name__}: nothing to quantize, or done already.")
     instead = {layer: Int8Linear(layer) for layer in layers}
     for layer in instead.values():
         layer.bias = None if layer.bias is None else lazy_clone(layer.bias)
-    small = lazy_copy(model, instead)
-    small.save_pretrained = refuse_checkpoint
-    small.source = getattr(model, "source", None)
-    return small
+    return with_layers(model, instead)
+
+
+def with_layers(model: nn.Module, instead: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of ``model`` with other layers, {layer: what takes its place}, of which no checkpoint is written."""
+    changed = lazy_copy(model, instead)
+    changed.save_pretrained = refuse_checkpoint
+    changed.source = getattr(model, "source", None)
+    return changed
+
+
+def linear_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers of attention and MLP blocks, or of what replaces them, that compute x Wᵀ + b with 16 outputs or more."""
+    modules = (module for kind in KINDS for block in find_blocks(model, kind) for module in block.modules)
+    return [layer for layer in dict.fromkeys(inner for module in modules for inner in module.modules()) if _fits(layer)]
 
 
 def _fits(layer: nn.Module) -> bool:

@@ -28,6 +28,7 @@ Candidate = Family | Replacement  # a family at a size, fitted when it is needed
 NESTED = (
     "auto",
     "energy",
+    "fluctuation",
     "leverage",
     "fisher",
     "fisher_energy",

@@ -16,6 +16,7 @@ from ..models.architectures import known_here
 from ..models.blocks import Block
 from ..models.forward import check_gradients
 from ..replacements.families import Family, Replacement
+from ..replacements.narrow_attention import NarrowAttention
 from ..replacements.records import SAMPLES, FitReport
 from ..runtime.cache import Entry, cached
 from ..runtime.parallel import spread
@@ -173,8 +174,11 @@ def _fill(
         state = learner.state_dict()
     body.load_state_dict(state)
     pairs = {"train": s.train and s.train.head(TRAIN_WINDOWS), "validation": s.validation}
-    attends = family.attends and HeadFits(block, s.to(block.device), how)
-    measured = partial(attends.errors, family) if attends else partial(sample_errors, body)
+    measured = partial(sample_errors, body)
+    if isinstance(family, NarrowAttention):
+        measured = partial(HeadFits(block, s.to(block.device), how).errors, family)
+    elif family.attends:  # positions, which pairs do not hold
+        samples = ()
     errors = {name: measured(pairs[name]) if name in samples and pairs[name] else None for name in SAMPLES}
     return FitReport(s.tokens, seconds, **errors, training=trained)
 

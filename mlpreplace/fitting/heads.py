@@ -8,6 +8,7 @@ whole ones, until it is refitted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,10 +22,10 @@ from ..replacements.narrow_attention import NarrowAttention
 from ..replacements.records import Errors
 from ..statistics.records import BlockStatistics, Sample
 from .errors import errors_of
-from .neurons import ASK, ClosedForm
+from .neurons import ASK, ClosedForm, fluctuation
 from .ridge import add_ridge, factor, solved
 
-HEAD_SELECTIONS = ("auto", "energy", "fisher", "fisher_energy", "random")
+HEAD_SELECTIONS = ("auto", "energy", "fluctuation", "fisher", "fisher_energy", "random")
 
 
 def kept_heads(group_of: Tensor, of_heads: Tensor, of_groups: Tensor, family: NarrowAttention) -> Tensor:
@@ -95,6 +96,7 @@ class HeadFits:
     block: Block
     s: BlockStatistics  # on the block's device
     how: ClosedForm
+    biased: bool = False  # whether there is an output bias even where the block has none
 
     def __post_init__(self) -> None:
         self.s.require(self.block, "hidden")
@@ -114,9 +116,9 @@ class HeadFits:
 
     @cached_property
     def moment(self) -> Tensor:
-        """C = HᵀH, [heads, value_dim, heads, value_dim]; centred where the block has an output bias to take up the mean."""
+        """C = HᵀH, [heads, value_dim, heads, value_dim]; centred where there is an output bias to take up the mean."""
         s, shape = self.s, (*self.output.shape[:2], *self.output.shape[:2])
-        centred = self.weights.output_bias is not None
+        centred = self.biased or self.weights.output_bias is not None
         return (s.hh.addr(s.sum_h, s.sum_h, alpha=-1 / s.tokens) if centred else s.hh).view(shape)
 
     @cached_property
@@ -134,13 +136,16 @@ class HeadFits:
         """Scores of each query head [heads] and of each group [groups], by the rule that neurons are chosen by.
 
         A head's energy is that of what it alone adds to the output, a group's the sum over its heads. A group's effect is that
-        of leaving out all its heads at once.
+        of leaving out all its heads at once, its fluctuation that of its best head: heads are kept without regard to groups.
         """
         c, rule = self.own, self.how.selection
         members = torch.nn.functional.one_hot(self.weights.group_of.to(c.device)).to(c).T  # [groups, heads]
         if rule == "random":
             of_heads = torch.rand(len(c), generator=torch.Generator().manual_seed(self.how.seed)).to(c)
             return of_heads, members @ of_heads
+        if rule == "fluctuation":
+            of_heads = fluctuation(self.s, self.output.flatten(0, 1).T).view(self.output.shape[:2]).sum(1)
+            return of_heads, (members * of_heads).amax(1)
         energy = ((c @ self.output) * self.output).sum((1, 2))
         if rule == "energy" or self.s.effect is None:
             return energy, members @ energy
@@ -164,7 +169,7 @@ class HeadFits:
         w, s, rule, effect = self.weights, self.s, self.how.selection, None
         if rule == "random":
             return torch.rand(len(w.key), len(self.units), generator=torch.Generator().manual_seed(self.how.seed)).to(s.sum_h)
-        if s.effect is not None and rule != "energy":
+        if s.effect is not None and rule in ("auto", "fisher", "fisher_energy"):
             effect = s.effect.diagonal()[len(w.query) :].view(len(w.key), -1).to(s.sum_h)
         if rule == "fisher":
             return effect
@@ -192,8 +197,10 @@ class HeadFits:
     def narrowed(self, family: NarrowAttention) -> NarrowedHeads:
         """W' = (SᵀCS + λI)⁻¹ (SᵀCW + λSᵀW): ridge regression of the block's output on H', towards the block's own weights.
 
-        A block with an output bias has centred moments, and the bias takes up the mean.
+        With an output bias moments are centred, and the bias takes up the mean.
         """
+        if family.biased != self.biased:
+            return replace(self, biased=family.biased).narrowed(family)
         heads, dim = self.kept(family), self.output.shape[1]
         weights, w = self.weights.of(heads), self.output[heads]
         of_group = weights.group_of.to(heads.device)
@@ -204,19 +211,27 @@ class HeadFits:
             groups = self.weights.group_of.to(heads.device)[heads].unique()
             keys = torch.stack([self.units[of].T.flatten() for of in self.kept_units(family)[groups]])
         found = NarrowedHeads(weights, heads, bases, w.flatten(0, 1), self.weights.output_bias, keys)
-        if len(heads) == len(self.output) and family.value_dim == dim:
+        if len(heads) == len(self.output) and family.value_dim == dim and not self.biased:
             return found  # the block itself
         basis = bases[of_group]  # [heads, value_dim of the block, value_dim]
+        fitted = self._output(heads, basis)
+        bias = self.weights.output_bias
+        if self.biased or bias is not None:
+            mean = (self.s.sum_h / self.s.tokens).view(len(self.output), 1, dim)
+            of_all, of_kept = mean.flatten() @ self.output.flatten(0, 1), (mean[heads] @ basis).flatten() @ fitted
+            bias = of_all - of_kept if bias is None else bias.to(mean) + of_all - of_kept
+        return replace(found, output=fitted, bias=bias)
+
+    def _output(self, heads: Tensor, basis: Tensor) -> Tensor:
+        """W' for values of kept ``heads`` in a ``basis`` each, [heads, value_dim of the block, value_dim]."""
+        w = self.output[heads]
+        if math.isinf(self.how.ridge):
+            return (basis.mT @ w).flatten(0, 1)
         within = torch.einsum("hdke,ker->hdkr", self.moment[heads][:, :, heads], basis)
         gram = (basis.mT @ within.flatten(2)).flatten(0, 1)
         ridge = self.how.ridge * gram.diagonal().mean()
         target = (basis.mT @ (self.target[heads] + ridge * w)).flatten(0, 1)
-        fitted = solved(factor(self.block, add_ridge(self.block, gram, self.how.ridge)), target)
-        if (bias := self.weights.output_bias) is not None:
-            mean = (self.s.sum_h / self.s.tokens).view(len(self.output), 1, dim)
-            of_kept = (mean[heads] @ basis).flatten() @ fitted
-            bias = bias.to(mean) + mean.flatten() @ self.output.flatten(0, 1) - of_kept
-        return replace(found, output=fitted, bias=bias)
+        return solved(factor(self.block, add_ridge(self.block, gram, self.how.ridge)), target)
 
     @torch.inference_mode()
     def errors_on(self, families: Mapping[int, NarrowAttention], h: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -231,7 +246,9 @@ class HeadFits:
         for key, family in families.items():
             found = self.narrowed(family)
             error = found.features(by_head) @ found.output.to(h) - own
-            yield key, error if bias is None else error + (found.bias - bias.to(found.bias)).to(h)
+            if found.bias is not None:
+                error = error + (found.bias if bias is None else found.bias - bias.to(found.bias)).to(h)
+            yield key, error
 
     def errors(self, family: NarrowAttention, sample: Sample) -> Errors | None:
         """On the real tokens of a sample; None where it holds no outputs of heads, and for narrower queries and keys."""

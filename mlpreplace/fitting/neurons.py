@@ -44,6 +44,19 @@ def _energy(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Te
     return output_energy(block, s)
 
 
+def fluctuation(s: BlockStatistics, output: Tensor) -> Tensor:
+    """Σ_t (h_j − h̄_j)²·‖W_j‖², [inner], of what enters an output projection [hidden, inner].
+
+    That is the energy of what a constant cannot stand in for (FLAP, arXiv 2312.11983).
+    """
+    about_the_mean = s.hh.diagonal() - s.sum_h.square() / s.tokens
+    return about_the_mean.clamp_min(0) * output.to(s.hh).square().sum(0)
+
+
+def _fluctuation(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
+    return fluctuation(s, block.weights().down)
+
+
 def _leverage(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tensor:
     """diag(C(C + λI)⁻¹), the ridge leverage (MoDeGPT, arXiv 2408.09632): how little the others explain a neuron."""
     c = hidden_moment(block, s, every(s))
@@ -121,6 +134,7 @@ def _auto(block: Block, s: BlockStatistics, width: int, how: ClosedForm) -> Tens
 SELECTIONS = {
     "auto": _auto,
     "energy": _energy,
+    "fluctuation": _fluctuation,
     "leverage": _leverage,
     "obs": _obs,
     "fisher": _fisher,
@@ -133,13 +147,14 @@ SELECTIONS = {
 class ClosedForm:
     """The choices of a closed-form fit. Raises ValueError for an unknown selection and for a negative ridge.
 
-    ``selection`` of neurons is "energy" (largest ‖h_j‖‖W_j‖), "leverage" (the neurons that the others explain least), "obs" (the
-    least squares error after removing the rest, greedily), "fisher" (what the loss feels most), "fisher_energy" (the geometric
-    mean of that and the energy), "random" (a control), or "auto": "fisher_energy" where effects were measured, else "energy".
+    ``selection`` of neurons is "energy" (largest ‖h_j‖‖W_j‖), "fluctuation" (the same about the mean of h_j), "leverage" (the
+    neurons that the others explain least), "obs" (the least squares error after removing the rest, greedily), "fisher" (what the
+    loss feels most), "fisher_energy" (the geometric mean of that and the energy), "random" (a control), or "auto":
+    "fisher_energy" where effects were measured, else "energy".
     Heads are ranked by all of these but "leverage" and "obs".
     """
 
-    ridge: float = RIDGE  # λ, relative to the mean of the Gram matrix's diagonal
+    ridge: float = RIDGE  # λ, relative to the mean of the Gram matrix's diagonal; ∞ keeps the block's own output weights
     selection: str = "auto"  # which neurons and heads are kept
     seed: int = 0  # of random features and of random selection
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from ..statistics.moments import BlockStatistics
 
 RIDGE = 1e-2  # λ of fits to a block's output, relative to the mean of the Gram matrix's diagonal
 LARGE = 1024  # rows of a matrix of which only some eigenvectors are computed
+FLOOR = 1e-3  # errors of a nested level below a thousandth of the largest count as equal
+WHITENING_RIDGE = 1e-9  # keeps a moment of fewer tokens than dimensions positive definite
 STREAM_RIDGE = 1e-4  # of maps of the residual stream, whose massive activations raise that mean
 
 
@@ -44,7 +48,9 @@ def factor(block: Block, c: Tensor) -> Tensor:
 
 
 def least_squares(block: Block, c: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """(C + λI)⁻¹ T: the weights of a ridge regression from its moments, [in, out]. Writes into C."""
+    """(C + λI)⁻¹ T: the weights of a ridge regression from its moments, [in, out]; 0 for λ = ∞. Writes into C."""
+    if math.isinf(ridge):
+        return torch.zeros_like(target)
     return solved(factor(block, add_ridge(block, c, ridge)), target)
 
 
@@ -71,6 +77,22 @@ def reduced_rank(a: Tensor, xy: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return a @ leading, leading.T
 
 
+def whitened(block: Block, weight: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best W' = BA of a rank for outputs Wx, as (A [rank, in], B [out, rank]); C = XᵀX [in, in] (SVD-LLM, arXiv 2403.07378).
+
+    With C = LLᵀ the paper cuts the SVD of WL and multiplies by L⁻¹. That is UUᵀW for U the leading eigenvectors of WCWᵀ, and
+    WLVVᵀL⁻¹ for V those of LᵀWᵀWL: whichever matrix is smaller is taken. Raises ValueError for C = 0.
+    """
+    weight = weight.to(c)
+    if len(weight) <= len(c):
+        up = leading_eigenvectors(weight @ c @ weight.T, rank)  # [out, rank]
+        return up.T @ weight, up
+    lower = factor(block, add_ridge(block, c.clone(), WHITENING_RIDGE))
+    half = weight @ lower
+    down = leading_eigenvectors(half.T @ half, rank)  # [in, rank]
+    return torch.linalg.solve_triangular(lower.T, down, upper=True).T, half @ down
+
+
 def leading_eigenvectors(c: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the ``rank`` largest eigenvalues of a symmetric matrix as columns, the largest last.
 
@@ -80,3 +102,31 @@ def leading_eigenvectors(c: Tensor, rank: int) -> Tensor:
         _, vectors = scipy.linalg.eigh(c.numpy(), subset_by_index=[len(c) - rank, len(c) - 1])
         return torch.from_numpy(vectors)
     return torch.linalg.eigh(c)[1][:, -rank:]  # ascending
+
+
+def shared_projection(block: Block, c: Tensor, w: Tensor, widths: list[int], ridge: float) -> Tensor:
+    """One W [widest, hidden] whose first k rows serve every level k: the least Σ_k (‖HW₀ − H_k W_k‖² + λ‖W_k − W₀‖²) / e_k.
+
+    H are the block's neurons in order of importance, C = HᵀH, W₀ its own weights, and e_k the error of level k fitted alone. The
+    weights 1 / e_k make all levels lose the same share; unweighted, the narrowest level dominates the sum. The sum is quadratic:
+    Σ_k M_k (C + λI) M_k / e_k · (W − W₀) = Σ_k M_k C (1 − M_k) W₀ / e_k, with M_k the mask of the first k neurons.
+
+    Measured: validation damage over that of levels fitted alone, which store a projection each. Blocks 2, 5, 10 and 28 of a
+    135M-parameter Llama at 83, 67 and 50 % of their neurons, 16,384 tokens: 1.11 – 1.14, 1.01 – 1.03, 1.04 – 1.08. Unweighted:
+    1.27 – 1.32, 1.02 – 1.04, 1.00 – 1.02. The widest fit cut off: 1.00, 1.14 – 1.22, 1.17 – 1.29. On 2,048 tokens, where a level
+    alone overfits, sharing regularises: 1.20 – 1.21, 0.80 – 0.93, 0.78 – 0.91.
+    """
+    systems, errors = [], []
+    for k in widths:
+        a, b = add_ridge(block, c[:k, :k].clone(), ridge), c[:k, k:] @ w[k:]
+        left = torch.cat([-torch.cholesky_solve(b, factor(block, a.clone())), w[k:]])  # H·left is the error
+        systems.append((k, a, b))
+        errors.append((left * (c @ left)).sum())
+    e = torch.stack(errors)
+    e = e.clamp_min(FLOOR * e.max()).clamp_min(torch.finfo(e.dtype).tiny)
+    widest = max(widths)
+    gram, target = c.new_zeros(widest, widest), w.new_zeros(widest, w.shape[1])
+    for (k, a, b), share in zip(systems, e.min() / e, strict=True):
+        gram[:k, :k] += share * a
+        target[:k] += share * b
+    return w[:widest] + torch.cholesky_solve(target, factor(block, gram))

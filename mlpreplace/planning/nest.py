@@ -37,7 +37,7 @@ def nest(stats: Statistics, plans: Mapping[float, Plan], *, progress: bool = Tru
     """
     if not plans or not all(0 <= sparsity < 1 for sparsity in plans):
         raise ValueError(f"Expected plans for sparsities in [0, 1), got {list(plans)}.")
-    if others := {str(r.family) for plan in plans.values() for r in plan.values() if not isinstance(r.family, NarrowMLP)}:
+    if others := {str(r.family) for plan in plans.values() for r in plan.values() if type(r.family) is not NarrowMLP}:
         raise NotApplicable(f"Only NarrowMLPs can be nested, the plans also hold {', '.join(sorted(others))}: leave these out.")
     families = {}
     for block in dict.fromkeys(block for plan in plans.values() for block in plan):

@@ -9,11 +9,13 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from ..fitting.ridge import centred, least_squares
+from ..fitting.ridge import centred, factor, solved
 from ..models.blocks import Block
 from ..replacements.families import Family, Linear, LowRank, Mean, NarrowMLP, NarrowPlusLinear, TwoLayerMLP
 from ..replacements.narrow_attention import NarrowAttention
 from ..statistics.accumulator import add_to, gram
+
+QUIET = 1e-4  # of the mean deviation: features below it are as good as silent
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,12 @@ def _(family: NarrowPlusLinear, body: nn.Module) -> ReadOut:
     return ReadOut(lambda x: torch.cat([body.mlp.neurons(x), inward(x)], -1), weights, outward.bias, constant=own)
 
 
+def _penalty(ff: Tensor) -> Tensor:
+    """The diagonal of D, see :meth:`Regression.solve`, [width]. As D, the identity and FᵀF's own diagonal cost more in KL."""
+    deviation = ff.diagonal().clamp_min(0).sqrt()
+    return deviation.mean() * deviation.clamp_min(QUIET * deviation.mean())
+
+
 class Regression:
     """Ridge regression of errors on features from moments, summed in float64 over batches of weighted tokens.
 
@@ -96,9 +104,11 @@ class Regression:
             add_to(total, s)
 
     def solve(self, block: Block, out: ReadOut, ridges: Sequence[float]) -> dict[str, float | None]:
-        """Add (FᵀF + λI)⁻¹FᵀE to the weights; a bias takes up the mean, without ridge.
+        """Add (FᵀF + λD)⁻¹FᵀE to the weights; a bias takes up the mean, without ridge.
 
-        With unseen tokens λ is that of ``ridges`` whose error there is least; the weights stay where that is no less than theirs.
+        D is mean(σ)·diag(σ), σ² the diagonal of FᵀF: halfway between one ridge for all features and one for features of one
+        scale. With unseen tokens λ is that of ``ridges`` whose error there is least; the weights stay where that is no less than
+        theirs.
 
         Returns a token's squared error, what is left of it, and λ, which is None where the weights stay.
         """
@@ -107,10 +117,11 @@ class Regression:
         error = ee / n
         if out.bias is not None:
             ff, fe = centred(ff, sum_f, sum_f, n), centred(fe, sum_f, sum_e, n)
-        within, least, best = ff.diagonal().mean(), self._error_of_unseen(None), None
+        penalty, least, best = _penalty(ff), self._error_of_unseen(None), None
         for ridge in ridges if out.weights else ridges[:1]:
             c = ff if ridge == ridges[-1] else ff.clone()  # which is written into
-            delta = least_squares(block, c, fe, ridge) if out.weights else fe  # [width, hidden]
+            c.diagonal().add_(ridge * penalty)
+            delta = solved(factor(block, c), fe) if out.weights else fe  # [width, hidden]
             bias = None if out.bias is None else (sum_e - sum_f @ delta) / n  # [hidden]
             unseen = self._error_of_unseen(delta, bias)
             if not self.unseen or unseen < least:
@@ -125,8 +136,8 @@ class Regression:
         if out.bias is not None:
             out.bias.copy_(out.bias + bias)
             left = left - sum_e.square().sum() / n**2
-        if out.weights:  # δᵀFᵀFδ = δᵀFᵀE − λ|δ|², since δ solves (FᵀF + λI)δ = FᵀE
-            left = left - ((delta * fe).sum() + ridge * within * delta.square().sum()) / n
+        if out.weights:  # δᵀFᵀFδ = δᵀFᵀE − λδᵀDδ, since δ solves (FᵀF + λD)δ = FᵀE
+            left = left - ((delta * fe).sum() + ridge * (penalty @ delta.square()).sum()) / n
         return {"error": error.item(), "error_left": left.item(), "ridge": ridge}
 
     def _error_of_unseen(self, delta: Tensor | None, bias: Tensor | None = None) -> float:

@@ -161,12 +161,16 @@ class NarrowMLP(Family):
         """The TwoLayerMLP of that size where the block has no neurons of its own to keep: a mixture of experts."""
         return TwoLayerMLP.nearest(block, n_params) if block.opaque else super().nearest(block, n_params)
 
+    def has_bias(self, block: Block) -> bool:
+        """Whether the output projection has a bias."""
+        return block.weights().down_bias is not None
+
     def n_params(self, block: Block) -> int:
         weights = block.weights()  # raises where the block has none
         check_sizes(block, width=(self.width, 1, block.intermediate_size))
         matrices = 2 if weights.gate is None else 3
         biases = sum(self.width for b in (weights.up_bias, weights.gate_bias) if b is not None)
-        biases += block.hidden_size if weights.down_bias is not None else 0
+        biases += block.hidden_size if self.has_bias(block) else 0
         return matrices * block.hidden_size * self.width + biases
 
     def build(self, block: Block) -> nn.Module:

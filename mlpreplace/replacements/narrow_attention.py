@@ -39,18 +39,19 @@ class HeadAttention(nn.Module):
         block: the attention that it stands in for; scale, norms of heads, sliding window and position of the cache are its own.
         heads, groups, value_dim, key_dim: that are kept. Which query head reads which group, and which dimensions of queries
             and keys are kept, comes with the weights.
+        biased: whether there is an output bias even where the block has none.
     """
 
-    def __init__(self, block: Block, heads: int, groups: int, value_dim: int, key_dim: int):
+    def __init__(self, block: Block, heads: int, groups: int, value_dim: int, key_dim: int, biased: bool = False):
         super().__init__()
         own, weights = block.modules[0], attention_weights(block)
         head_dim, d = weights.query.shape[1], block.hidden_size
         sizes = {"query": heads * key_dim, "key": groups * key_dim, "value": groups * value_dim}
         for part, size in sizes.items():
             self.add_module(part, nn.Linear(d, size, bias=getattr(weights, f"{part}_bias") is not None))
-        self.output = nn.Linear(heads * value_dim, d, bias=weights.output_bias is not None)
+        self.output = nn.Linear(heads * value_dim, d, bias=biased or weights.output_bias is not None)
         self.query_norm, self.key_norm = _norms(block)
-        self.head_dim, self.key_dim, self.value_dim = head_dim, key_dim, value_dim  # head_dim: of the block
+        self.heads, self.head_dim, self.key_dim, self.value_dim = heads, head_dim, key_dim, value_dim  # head_dim: of the block
         # dimensions of queries and keys of each group, where some are left out; which ones comes with the weights
         self.kept = None if key_dim == head_dim else (tuple(range(key_dim)),) * groups
         self.config, self.layer_idx = own.config, getattr(own, "layer_idx", None)
@@ -75,9 +76,8 @@ class HeadAttention(nn.Module):
         return torch.tensor([*self.group_of, *chain(*self.kept or ())], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        heads = self.query.out_features // self.key_dim
-        self.read_by(state[:heads])
-        self.kept = tuple(map(tuple, state[heads:].view(-1, self.key_dim).tolist())) or None
+        self.read_by(state[: self.heads])
+        self.kept = tuple(map(tuple, state[self.heads :].view(-1, self.key_dim).tolist())) or None
 
     def forward(self, x: Tensor, *, cache=None, position_embeddings=None, attention_mask=None, **options) -> Tensor:
         """[batch, seq_len, hidden] → [batch, seq_len, hidden]
@@ -172,6 +172,7 @@ class NarrowAttention(Family):
     key_dim: int | None = None  # dimensions of queries and keys that are kept; None for all
 
     attends: ClassVar[bool] = True
+    biased: ClassVar[bool] = False  # whether there is an output bias even where the block has none
 
     def n_params(self, block: Block) -> int:
         weights = attention_weights(block)  # raises where the heads are not known
@@ -182,14 +183,14 @@ class NarrowAttention(Family):
         c = self._key_dim(block, c)
         sizes = {"query": self.heads * c, "key": self.groups * c, "value": self.groups * self.value_dim}
         biases = sum(size for part, size in sizes.items() if getattr(weights, f"{part}_bias") is not None)
-        biases += d if weights.output_bias is not None else 0
+        biases += d if self.biased or weights.output_bias is not None else 0
         norms = sum(p.numel() for norm in _norms(block) for p in norm.parameters())
         return d * (sum(sizes.values()) + self.heads * self.value_dim) + biases + norms
 
     def build(self, block: Block) -> nn.Module:
         self.n_params(block)  # raises where a size does not fit
         key_dim = self._key_dim(block, attention_weights(block).query.shape[1])
-        return HeadAttention(block, self.heads, self.groups, self.value_dim, key_dim)
+        return HeadAttention(block, self.heads, self.groups, self.value_dim, key_dim, self.biased)
 
     def _key_dim(self, block: Block, own: int) -> int:
         """Raises ValueError where queries and keys cannot be that narrow."""

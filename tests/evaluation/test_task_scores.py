@@ -119,6 +119,19 @@ def test_rows_of_every_label_task_and_their_average(two_tasks):
     assert (dense["accuracy_retained"], dense["accuracy_ratio_se"]) == (1, 0)
 
 
+@pytest.mark.filterwarnings("ignore:.*not reliably above chance")
+def test_a_task_at_chance_is_shown_and_not_averaged(two_tasks):
+    """Unless the dense model is at chance everywhere."""
+    guessed, other = ([result([1, 0] * 50, label=label, task=task) for label in ("dense", "model")] for task in ("coin", "die"))
+    rows, without = (
+        pd.DataFrame(task_rows(results, "dense")).set_index(["label", "task"]) for results in (two_tasks + guessed, two_tasks)
+    )
+    assert ("model", "coin") in rows.index and np.isnan(rows.loc[("model", "coin"), "accuracy_retained"])
+    pd.testing.assert_series_equal(rows.loc[("model", "average")], without.loc[("model", "average")])
+    nothing = pd.DataFrame(task_rows(guessed + other, "dense")).set_index(["label", "task"])
+    assert nothing.loc[("model", "average"), "items"] == 200
+
+
 def test_one_task_has_no_average(two_tasks):
     assert [r["task"] for r in task_rows(two_tasks[::2], "dense")] == ["piqa", "piqa"]
 

@@ -176,7 +176,7 @@ def test_an_error_in_one_fit_reaches_the_caller_and_threads_return(captured):
     [
         (
             {"selection": "magnitude"},
-            "Unknown selection 'magnitude'; expected one of auto, energy, leverage, obs, fisher, fisher_energy, random",
+            "Unknown selection .magnitude.; expected one of auto, energy, fluctuation, leverage, .*, random",
         ),
         ({"ridge": -1.0}, "ridge ≥ 0, got -1.0"),
         ({"ridge": float("nan")}, "ridge ≥ 0, got nan"),

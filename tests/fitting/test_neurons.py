@@ -216,7 +216,7 @@ def test_a_fit_keeps_the_neurons_its_rule_selects(rule, captured):
 
 
 def test_an_unknown_rule_is_named():
-    with pytest.raises(ValueError, match="'loudest'.*energy, leverage, obs, fisher, fisher_energy, random"):
+    with pytest.raises(ValueError, match="'loudest'.*energy, fluctuation, leverage, obs, fisher, fisher_energy, random"):
         ClosedForm(selection="loudest")
 
 

@@ -28,13 +28,16 @@ WHOLE = {"shortgpt", "shortgpt_linear", "uidl", "uidl_linear", "replaceme", "rep
 SPANNED = {"shortgpt_linear", "uidl_linear", "replaceme", "replaceme_cosine", "streamline_layer", "streamline_mlp"}
 READ = {  # moments of blocks
     "uniform": {"mlp": {"hidden"}},
-    "subfit": {"mlp": {"input"}, "attention": {"input"}},
+    **dict.fromkeys(("subfit", "subfit_shared"), {"mlp": {"input"}, "attention": {"input"}}),
     "uniform_refit": {"mlp": {"hidden"}},
+    **dict.fromkeys(("flap", "flap_refit"), {"mlp": {"hidden"}, "attention": {"hidden"}}),
+    **dict.fromkeys(("modegpt", "svd_llm"), {"mlp": {"input", "hidden"}, "attention": {"input", "hidden"}}),
     **dict.fromkeys(("allocated", "recipe"), {"mlp": {"input", "hidden", "cross"}, "attention": {"input", "hidden"}}),
 }
 OURS = {"recipe", "uniform_refit"}  # which read effects
-FUSED = {"replaceme", "replaceme_cosine"}
-REFUSED = dict.fromkeys([*MIXTURES, "gemma2", "gemma3_text", "glm4"], FUSED)  # nothing to fuse a map into
+FUSED, INSIDE = {"replaceme", "replaceme_cosine"}, {"flap", "flap_refit", "modegpt", "svd_llm"}
+REFUSED = dict.fromkeys(["gemma2", "gemma3_text", "glm4"], FUSED)  # nothing to fuse a map into
+REFUSED |= dict.fromkeys(MIXTURES, FUSED | INSIDE)  # nor neurons to choose
 GENERATE = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
@@ -167,7 +170,7 @@ def test_calibrate_captures_what_a_method_needs_and_no_more(name, prepared):
     model, of_all = prepared("llama")
     own = calibrated(model, (0.25, 0.4), [name])
     assert held(own) == READ.get(name, {})
-    assert (own.stream is not None) == (name not in READ or name == "subfit")
+    assert (own.stream is not None) == (name not in READ or name in ("subfit", "subfit_shared", "modegpt"))
     assert bool(own.spans) == (name in SPANNED) and own.spans.keys() <= of_all.spans.keys()
     assert not any(s.train for s in own.blocks.values())
     assert bool(own.effects) == (name in OURS) and all((s.validation is None) == (name in OURS) for s in own.blocks.values())
@@ -222,12 +225,14 @@ def test_one_calibration_serves_all_sparsities():
 
 
 @pytest.mark.parametrize(("given", "read"), [(41, 16), (9, 5)])
-def test_layers_are_chosen_by_the_first_windows_that_are_fitted_on(given, read):
+def test_layers_and_neurons_are_chosen_by_the_first_windows_that_are_fitted_on(given, read):
     """Every prefix of a mixture's windows has its shares; windows at equal distances may be of one text alone."""
     model, ids = deep("llama"), random_windows(given, 8)
-    some = calibrate(model, ids, [0.2], methods=["uidl"], progress=False).stream
-    assert some.tokens == read * 8
-    assert torch.equal(some.distance, capture_stream(model, ids[:read], progress=False).distance)
+    found = calibrate(model, ids, [0.2], methods=["uidl", "uniform_refit"], progress=False)
+    assert found.stream.tokens == read * 8
+    assert torch.equal(found.stream.distance, capture_stream(model, ids[:read], progress=False).distance)
+    effects = fisher_effects(model, found.blocks, ids[:read], progress=False)
+    assert found.effects.keys() == effects.keys() and all(torch.equal(found.effects[b], e) for b, e in effects.items())
 
 
 def test_statistics_that_are_there_are_taken(llama):
@@ -265,8 +270,7 @@ def test_the_recipe_is_its_steps_one_by_one(memory_budget):
     assert isinstance(calibration.blocks, InGroups) == (memory_budget is not None)
     blocks, fitted, validation = find_blocks(model) + find_blocks(model, "attention"), windows[:12], windows[12:]
     stats = capture(model, blocks, fitted, moments=("input", "hidden", "cross"), validation_windows=0, progress=False)
-    effects = fisher_effects(model, blocks, torch.cat([validation, fitted[:2]]), progress=False)
-    stats = with_effects(stats, effects)
+    stats = with_effects(stats, fisher_effects(model, blocks, fitted, progress=False))
     choice = choose(model, stats, 0.3, "joint", candidates=candidate_families(blocks), windows=validation, progress=False)
     expected = refit(model, choice, fitted, stats, validation=validation, progress=False).plan
     plan = METHODS["recipe"](model, calibration, 0.3)

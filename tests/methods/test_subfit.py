@@ -1,14 +1,17 @@
 """SubFit-style removal: scores, selection, and what a removed submodule leaves behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from layer_blocks import LAYERS, calibrated, deep
-from tiny_models import CAUSAL, random_windows
+from tiny_models import CAUSAL, HIDDEN, random_windows
 
-from mlpreplace import LowRank, fit, spliced
+from mlpreplace import LowRank, capture, find_blocks, fit, spliced
 from mlpreplace.methods.calibration import Calibration
-from mlpreplace.methods.subfit import lowest_first, scores, subfit
-from mlpreplace.replacements.splice import sparsity_of
+from mlpreplace.methods.registry import METHODS
+from mlpreplace.methods.subfit import lowest_first, scores, share_basis, subfit
+from mlpreplace.replacements.splice import removed_parameters, sparsity_of
 from mlpreplace.statistics.residual_stream import StreamStatistics
 
 TARGETS = (0.125, 0.25, 0.375)
@@ -120,3 +123,39 @@ def test_errors(calibration):
         subfit(model, Calibration(blocks=calibration.blocks), 0.25)
     with pytest.raises(ValueError, match="of another model"):
         subfit(deep("gpt2"), Calibration(calibrated(deep("gpt2"), methods=["subfit"]).stream, blocks=calibration.blocks), 0.25)
+
+
+def test_a_shared_basis_counts_once_and_finds_what_all_read(calibration):
+    """MLPs that are linear maps through the same four directions are replaced without loss."""
+    model = deep("llama")
+    blocks = find_blocks(model)
+    g = torch.Generator().manual_seed(0)
+    through = torch.randn(4, HIDDEN, generator=g, dtype=torch.float64)
+    s = capture(model, blocks, random_windows(14, 16, seed=1), progress=False)[blocks[0]]
+    stats = {}
+    for block in blocks:  # which all read the same input
+        a = (torch.randn(HIDDEN, 4, generator=g, dtype=torch.float64) @ through).T  # [hidden, hidden], y = x a
+        stats[block] = replace(s, xy=s.xx @ a, sum_y=s.sum_x @ a)
+    plan = share_basis(stats, blocks, 4, ridge=1e-12)
+    assert len({id(r.body[0]) for r in plan.values()}) == 1
+    saved = sum(b.n_params for b in blocks) - 4 * HIDDEN - len(blocks) * 5 * HIDDEN
+    assert removed_parameters(plan) == saved
+    for block, r in plan.items():
+        a = torch.linalg.lstsq(s.xx, stats[block].xy).solution
+        weight = (r.body[1].weight @ r.body[0].weight).T
+        torch.testing.assert_close(weight, a, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_with_a_shared_basis_ranks_are_higher(target, calibration):
+    model = deep("llama")
+    own, shared = (METHODS[name](model, calibration, target) for name in ("subfit", "subfit_shared"))
+    ranks = [{r.family.rank for b, r in plan.items() if b.kind == "mlp"} for plan in (own, shared)]
+    assert max(ranks[1]) > 1.5 * max(ranks[0]) and sparsity_of(model, shared) >= target
+
+
+def test_the_shared_basis_is_paid_for(calibration):
+    """What is asked for a little above what a plan removes is reached by another one."""
+    model = deep("llama")
+    removed = sparsity_of(model, METHODS["subfit_shared"](model, calibration, 0.25))
+    assert sparsity_of(model, METHODS["subfit_shared"](model, calibration, removed + 1e-6)) > removed

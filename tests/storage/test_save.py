@@ -30,14 +30,15 @@ from mlpreplace import (
 from mlpreplace.evaluation.int8 import quantized
 from mlpreplace.methods.merging import merge_mlps
 from mlpreplace.planning.distil import with_rest
-from mlpreplace.replacements import NarrowAttention
+from mlpreplace.replacements import FactoredAttention, FactoredMLP, NarrowAttention, NarrowAttentionPlusMean, NarrowPlusMean
 from mlpreplace.replacements.families import FAMILIES, Replacement
 from mlpreplace.replacements.nested import NestedMLP
 from mlpreplace.replacements.splice import bodies, replacements_of
 from mlpreplace.replacements.whole_layers import Removed, without_layers
 from mlpreplace.statistics.moments import MOMENTS
 
-FITTED = [Mean(), Linear(), LowRank(4), NarrowMLP(24), NarrowPlusLinear(12, 3), TwoLayerMLP(8), *HYBRIDS]
+FITTED = [Mean(), Linear(), LowRank(4), NarrowMLP(24), NarrowPlusMean(16), FactoredMLP(6), NarrowPlusLinear(12, 3)]
+FITTED += [TwoLayerMLP(8), *HYBRIDS]
 FILES = {
     False: ["README.md", "SHA256SUMS", "config.json", "replacements.json", "replacements.safetensors"],
     True: ["README.md", "SHA256SUMS", "config.json", "generation_config.json", "replacements.json", "weights.safetensors"],
@@ -64,6 +65,11 @@ def narrow_attention_plan(model):
     return {b: fit(b, stats, NarrowAttention(3, 3, 6, key_dim)) for b, key_dim in zip(blocks, (None, 4, 6), strict=True)}
 
 
+def inside_attention_plan(model, *families):
+    blocks, stats = capture_quietly(model, random_windows(), "attention", moments=("input", "hidden"))
+    return {b: fit(b, stats, family) for b, family in zip(blocks, families, strict=False)}
+
+
 PLANS = {str(family): lambda model, family=family: fitted_plan(model, family, moments=MOMENTS) for family in FITTED} | {
     "NestedMLP": nested_plan,
     "Removed layers": lambda model: without_layers(model, [1]),
@@ -71,6 +77,9 @@ PLANS = {str(family): lambda model, family=family: fitted_plan(model, family, mo
     "Merged": lambda model: merge_mlps(find_blocks(model)[:2]),
     "attention": attention_plan,
     "NarrowAttention": narrow_attention_plan,
+    "attention with a mean, factored": lambda model: inside_attention_plan(
+        model, NarrowAttentionPlusMean(3, 3, 6), FactoredAttention(5, 4)
+    ),
     "Tuned": lambda model: {b: shaken(r) for b, r in with_rest(model, without_layers(model, [1])).items()},
 }
 

@@ -28,7 +28,9 @@ from ...replacements.splice import replacements_of
 from ...runtime.cache import cached, key_of
 from ...runtime.fingerprint import fingerprint
 from ...texts.assets import read_member
+from ...texts.glue import GLUE
 from ...texts.windows import opening_of
+from .files import task_of_files
 
 BUNDLED_TASKS = ("bundled/piqa", "bundled/siqa", "bundled/csqa", "bundled/obqa")
 METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task has is used; acc_norm is per character of an option
@@ -46,6 +48,7 @@ class TaskResult:
     correct: np.ndarray  # [items] 1 where the model was right, else 0
     options: np.ndarray  # [items] number of answers to choose from; 0 where the answer is free text
     items: np.ndarray  # [items] hash of each item, by which the results of two models are paired
+    constant: float | None = None  # accuracy of giving the same answer to all, where classes are the same for all items
 
     @property
     def n_items(self) -> int:
@@ -62,7 +65,9 @@ class TaskResult:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing: 1 ÷ number of options, averaged over items."""
+        """Accuracy of guessing: 1 ÷ number of options, averaged over items, or that of one answer to all where it is known."""
+        if self.constant is not None:
+            return self.constant
         return float(np.divide(1, self.options, where=self.options > 0, out=np.zeros(self.n_items)).mean())
 
 
@@ -93,6 +98,7 @@ def evaluate_tasks(
     *,
     label: str,
     limit: int | None = None,
+    folder: str | Path | None = None,
     batch_size: int | None = None,
     cached: bool = False,
     progress: bool = True,
@@ -109,6 +115,7 @@ def evaluate_tasks(
         label: names the model, "NarrowMLP 25 %" for instance; a spliced model cannot have the name of its base model.
         limit: number of items of each task, None for all. They are the first in a fixed random order: every model is asked the
             same, and a smaller limit takes a part of a larger one's items.
+        folder: where the data of "sst2" and "cola" are, see :func:`~mlpreplace.texts.glue`; None for a hub.
         batch_size: requests in one forward pass, 8 by default.
         cached: keep each task's result on disk; an interrupted run continues with its next task.
 
@@ -128,7 +135,7 @@ def evaluate_tasks(
     with eval_mode(model), _lm_eval_state():
         _check_label(model, label)
         asks = dict(batch_size=batch_size or REQUESTS, add_bos_token=_special_tokens(model, tokenizer))
-        loaded = {name: task for spec in tasks for name, task in _load(spec).items()}
+        loaded = {name: task for spec in tasks for name, task in _load(spec, folder).items()}
         asked_of = (version("lm_eval"), key_of("evaluate_tasks", model), asks) if cached else None
         lm = _asker(model, tokenizer, **asks)
         results = []
@@ -213,9 +220,12 @@ def _manager(include_defaults: bool):
     return TaskManager(include_defaults=include_defaults)
 
 
-def _load(spec: str) -> dict:
+def _load(spec: str, folder: str | Path | None = None) -> dict:
     """{name: lm-eval task}, several for a tag or a group."""
-    if spec in BUNDLED_TASKS:
+    if spec in GLUE and folder is not None:
+        (task,) = _manager(False).load(task_of_files(spec, folder))["tasks"].values()
+        tasks = {spec: task}
+    elif spec in BUNDLED_TASKS:
         path = Path(__file__).with_name(f"{spec.removeprefix('bundled/')}.yaml")
         (task,) = _manager(False).load(str(path))["tasks"].values()
         tasks = {spec: task}

@@ -64,6 +64,12 @@ def accuracy_retained(results: Sequence[TaskResult], dense: Sequence[TaskResult]
     }
 
 
+def above_chance(dense: TaskResult, *, seed: int = 0) -> bool:
+    """Whether the accuracy is above chance in 95 % of the resamples of the items, or more."""
+    drawn = dense.correct[resample(dense.n_items, np.random.default_rng(seed))].mean(1)
+    return bool(np.mean(drawn > dense.chance) >= ABOVE_CHANCE)
+
+
 def _quotient(top: float, bottom: float, tops: np.ndarray, bottoms: np.ndarray) -> tuple[float, float]:
     """top ÷ bottom and its standard error, from quantiles of resamples: in a few resamples the bottom may be near zero."""
     if bottom <= 0:
@@ -75,7 +81,9 @@ def _quotient(top: float, bottom: float, tops: np.ndarray, bottoms: np.ndarray) 
 def task_rows(results: Iterable[TaskResult], dense_label: str, *, seed: int = 0) -> list[dict]:
     """One record for each label and task, and one for the average over tasks (task "average") where there are several.
 
-    Accuracies and chances are averaged with the same weight for every task; retained shares are computed from the averages.
+    Accuracies and chances are averaged with the same weight for every task; retained shares are computed from the averages. A
+    task at which the dense model is not reliably above chance has records and is left out of the average: it would add noise to
+    both sides of the ratio. Where it is above chance at none, all are averaged.
 
     Args:
         results: those of all models, each on the same tasks and items.
@@ -97,13 +105,14 @@ def task_rows(results: Iterable[TaskResult], dense_label: str, *, seed: int = 0)
     if dense_label not in by_label:
         raise ValueError(f"No result of the dense model, {dense_label!r}, among {', '.join(map(repr, by_label))}.")
     dense = by_label[dense_label]
+    averaged = [task for task, r in dense.items() if above_chance(r, seed=seed)] or list(dense)
     rows = []
     for label, of_label in by_label.items():
         if of_label.keys() != dense.keys():
             raise ValueError(f"{label!r} was measured on {', '.join(of_label)}, {dense_label!r} on {', '.join(dense)}.")
         rows += [_row(label, task, [of_label[task]], [dense[task]], seed) for task in dense]
         if len(dense) > 1:
-            rows.append(_row(label, AVERAGE, [of_label[task] for task in dense], list(dense.values()), seed))
+            rows.append(_row(label, AVERAGE, [of_label[task] for task in averaged], [dense[task] for task in averaged], seed))
     return rows
 
 

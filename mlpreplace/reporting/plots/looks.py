@@ -10,6 +10,7 @@ Look = dict[str, str]  # keywords of Axes.plot
 # Okabe and Ito's, which colour-blind readers can tell apart; then others for whatever needs one more.
 BLUE, SKY, GREEN, ORANGE, VERMILION, PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 FOREST, TEAL, INDIGO, VIOLET, PURPLE, WINE, BROWN = "#117733", "#44AA99", "#332288", "#7B6FD0", "#AA4499", "#882255", "#661100"
+OLIVE, ROSE, SAND, SLATE, CLAY = "#999933", "#CC6677", "#DDCC77", "#55607A", "#B3704D"
 BLACK, GREY = "#000000", "#999999"
 INK = "0.2"  # of the dense model
 
@@ -34,9 +35,14 @@ FAMILY_LOOKS = {
     "Tuned": _look(INDIGO, "d", "-"),
     "Merged": _look(PURPLE, "H", "-"),
     "NarrowAttention": _look(GREEN, "8", "--"),
+    "NarrowPlusMean": _look(OLIVE, "1", "-."),
+    "NarrowAttentionPlusMean": _look(ROSE, "2", "-."),
+    "FactoredMLP": _look(SAND, "+", ":"),
+    "FactoredAttention": _look(SLATE, "x", ":"),
 }
 SELECTION_LOOKS = {
     "energy": _look(BLUE, "o", "-"),
+    "fluctuation": _look(OLIVE, "1", ":"),
     "leverage": _look(ORANGE, "D", "-."),
     "obs": _look(FOREST, "P", "--"),
     "fisher": _look(VERMILION, "s", "--"),
@@ -59,6 +65,7 @@ METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.me
     "allocated": _look(PURPLE, "8", "-"),
     "allocated + refit": _look(VERMILION, "s", "-"),
     "subfit": _look(PINK, "^", "--"),
+    "subfit_shared": _look(CLAY, "3", "-"),
     "shortgpt": _look(GREY, "X", ":"),
     "shortgpt_linear": _look(FOREST, "P", "-."),
     "uidl": _look(BLACK, "*", ":"),
@@ -67,6 +74,10 @@ METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.me
     "replaceme_cosine": _look(TEAL, "<", "-."),
     "streamline_layer": _look(VIOLET, "h", "--"),
     "streamline_mlp": _look(INDIGO, "d", "--"),
+    "flap": _look(OLIVE, "1", ":"),
+    "flap_refit": _look(ROSE, "2", "--"),
+    "modegpt": _look(SLATE, "H", "-."),
+    "svd_llm": _look(SAND, "+", "--"),
 }
 MERGING_LOOKS = {  # notebook 06
     "merged": FAMILY_LOOKS["Merged"],

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .looks import BLUE, FAMILY_LOOKS, OBJECTIVE_LOOKS, SELECTION_LOOKS, SKY, TEXT_LOOKS, VERMILION
-from .style import draw_lines, legend_above, log_ticks, note, panels, percent
+from .style import draw_lines, error_bars, legend_above, log_ticks, note, panels, percent
 
 WIDTH = 7.2  # inches, of figures with a column a block
 SMALL = {"markersize": 4, "linewidth": 1.1}
@@ -184,19 +184,33 @@ def objectives(rows: pd.DataFrame) -> plt.Figure:
 
 
 def selections(rows: pd.DataFrame) -> plt.Figure:
-    """Held-out error of a NarrowMLP against its size for each rule that chooses its neurons; a panel a block.
+    """Error of a NarrowMLP against its size for each rule that chooses its neurons; below, what one size costs the model.
+
+    A column a block.
 
     Args:
-        rows: layer, position, selection, share_of_block, median; held-out.
+        rows: layer, position, selection, share_of_block, median (held-out, per token). At one size also kl and kl_other, of the
+            model with this block alone replaced, in two domains, nats per token, and their intervals kl_low … kl_other_high.
     """
-    figure, drawn = panels(_blocks(rows), (WIDTH, 2.8), sharey=True)
-    for axes, title, part in drawn:
-        draw_lines(axes, part, ("selection", "share_of_block", "median"), SELECTION_LOOKS)
-        axes.set(xscale="log", yscale="log", title=title, xlabel=KEPT)
-        log_ticks(axes.xaxis, percent, (1, 3))
-    log_ticks(drawn[0][0].yaxis)
-    drawn[0][0].set_ylabel("median held-out error per token")
-    legend_above(figure, 4)
+    blocks = _blocks(rows)
+    figure, (upper, lower) = plt.subplots(2, len(blocks), figsize=(WIDTH, 4.6), sharey="row", squeeze=False)
+    for above, below, (title, part) in zip(upper, lower, blocks.items(), strict=True):
+        draw_lines(above, part, ("selection", "share_of_block", "median"), SELECTION_LOOKS)
+        above.set(xscale="log", yscale="log", title=title, xlabel=KEPT)
+        log_ticks(above.xaxis, percent, (1, 3))
+        measured = part.dropna(subset="kl")
+        for column, style in (("kl", {}), ("kl_other", {"mfc": "white"})):
+            for at, (_, row) in enumerate(measured.iterrows()):
+                look = SELECTION_LOOKS[row["selection"]] | {"linestyle": "", "markersize": 5} | style
+                value, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
+                error_bars(below, value, at, low, high, across=True, **look)
+        below.set_yticks(range(len(measured)), measured["selection"])
+        below.set_xlabel(f"KL of the model at {percent(round(measured['share_of_block'].iloc[0], 3))} (nats)")
+    lower[0].invert_yaxis()
+    log_ticks(upper[0].yaxis)
+    upper[0].set_ylabel("median held-out\nerror per token")
+    hollow = plt.Line2D([], [], color="0.4", marker="o", mfc="white", linestyle="")
+    legend_above(figure, 7, {"hollow: another domain": hollow}, columnspacing=0.8, handlelength=1.5, handletextpad=0.4)
     return figure
 
 
