@@ -2,7 +2,7 @@
 
 from .allocate import allocate, choose
 from .candidates import candidate_families, narrow_widths
-from .damage import local_damage, measured_damage, second_order_damage
+from .damage import SecondOrder, local_damage, measured_damage, second_order_damage
 from .distil import Healing, Tuning, heal, losses, tune, with_rest
 from .nest import narrowed, nest, set_sparsity
 from .refit import refit

@@ -2,25 +2,11 @@
 
 import numpy as np
 import pandas as pd
-from drawing import closed, labels, pairs, points, titles  # noqa: F401
+from drawing import DOMAINS, closed, labels, measured, pairs, points, titles  # noqa: F401
 
-from mlpreplace.reporting.plots import ablation, calibration_texts, healing_curves, kept_by_layer, pareto, quantization, speed
+from mlpreplace.reporting.plots import healing_curves, kept_by_layer, pareto, quantization, speed
 from mlpreplace.reporting.plots.full_replacement import CEILING
 from mlpreplace.reporting.plots.looks import ALLOCATION_LOOKS
-
-DOMAINS = ("bundled/wiki", "bundled/speeches")
-
-
-def measured(methods, sparsities=(0.25,)) -> pd.DataFrame:
-    rows = []
-    for d, domain in enumerate(DOMAINS):
-        for m, method in enumerate(methods):
-            for s in sparsities:
-                ratio = 1.0 if method == "dense" else 1.1 + 0.2 * m + d + s
-                ends = {"ci_low": 0.95 * ratio, "ci_high": 1.05 * ratio}
-                about = {"method": method, "sparsity": s, "sparsity_achieved": s, "domain": domain, "perplexity": 15 * ratio}
-                rows.append({**about, "perplexity_ratio": ratio, **ends, "tokens": 1000})
-    return pd.DataFrame(rows)
 
 
 def test_the_frontier_draws_every_method_in_every_domain():
@@ -92,31 +78,9 @@ def test_quantization_shows_four_models_and_the_product_of_both_factors():
     assert figure.get_suptitle() == "int8 was not measured on this device"
 
 
-def test_calibration_texts_have_a_line_each():
-    rows = measured(["wiki", "mixture"]).assign(split="heldout")
-    seen = rows.assign(split="validation")
-    every = pd.concat([rows, seen]).assign(log_damage=lambda r: np.log(r["perplexity_ratio"]))
-    axes = calibration_texts(every).axes[0]
-    assert labels(axes.get_yticklabels()) == ["wiki", "mixture"]
-    assert {round(x, 6) for x, _ in points(axes)} >= set(rows["perplexity_ratio"].round(6))
-
-
-def test_recipes_are_named_with_what_they_add():
-    rows = measured(["uniform", "recipe"]).assign(note=lambda r: r["method"].map({"uniform": "", "recipe": "from greedy"}))
-    axes = ablation(rows).axes[0]
-    assert labels(axes.get_yticklabels()) == ["uniform", "recipe: from greedy"]
-    assert {f"{r:.2f}" for r in rows["perplexity_ratio"]} == {t.get_text() for t in axes.texts}
-
-
-def test_a_domain_more_is_drawn_too():
-    rows = measured(["uniform", "recipe"]).assign(note="")
-    rows = pd.concat([rows, rows[rows["domain"] == DOMAINS[0]].assign(domain="another", perplexity_ratio=1.7)])
-    axes = ablation(rows).axes[0]
-    assert {(1.7, 2), (1.7, 1)} <= points(axes)
-
-
 def test_healing_is_drawn_from_its_start_on_and_what_is_kept_has_a_ring():
-    rows = pd.DataFrame({"sparsity": [0.1, 0.1, 0.1, 0.2, 0.2], "tokens": [0, 8, 16, 0, 16], "kl": [0.3, 0.1, 0.2, 0.4, 0.5]})
+    columns = {"sparsity": [0.1, 0.1, 0.1, 0.2, 0.2], "steps": [2, 2, 2, 1, 1], "tokens": [0, 8, 16, 0, 16]}
+    rows = pd.DataFrame(columns | {"kl": [0.3, 0.1, 0.2, 0.4, 0.5]})
     axes = healing_curves(rows).axes[0]
     assert points(axes) == pairs(rows["tokens"], rows["kl"])
     rings = [tuple(np.ravel(line.get_data())) for line in axes.lines if line.get_fillstyle() == "none"]

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .looks import FAMILY_LOOKS, INK, METHOD_LOOKS, QUANTIZATION_LOOKS, SERIES_LOOKS, TEXT_LOOKS, Look
+from .looks import FAMILY_LOOKS, INK, METHOD_LOOKS, QUANTIZATION_LOOKS, SERIES_LOOKS, Look
 from .style import AVERAGE, WIDEST, draw_lines, error_bars, kept_maps, legend_above, log_ticks, note, panels, parts_by, percent
 
 CEILING = 10  # of perplexity ratios that are drawn: beyond it a model is broken, and how badly is of little interest
@@ -148,82 +148,29 @@ def _label(axes: plt.Axes, text: str, point: tuple[float, float], offset: tuple[
     note(axes, text, point, offset, ha="right" if offset[0] < 0 else "left", fontsize=7.5, color=color, bbox=ground)
 
 
-def calibration_texts(rows: pd.DataFrame) -> plt.Figure:
-    """Perplexity ratio by what the fits saw: a line a calibration text, a mark a text that is measured on.
-
-    Args:
-        rows: method (the calibration text), split ("validation" or "heldout"), domain, perplexity_ratio, ci_low, ci_high,
-            log_damage.
-    """
-    places = _places(rows["method"])
-    figure, axes = plt.subplots(figsize=(6.8, 0.9 + 0.27 * len(places)))
-    _draw_ratios(axes, rows[rows["split"] == "heldout"], places)
-    chosen_by = np.exp(rows[rows["split"] == "validation"].groupby("method")["log_damage"].mean())
-    tick = {"linestyle": "", "marker": "|", "markersize": 11, "color": "0.1"}
-    axes.plot(chosen_by, chosen_by.index.map(places), label="validation windows of prose, mean", **tick)
-    log_ticks(axes.xaxis, "×{x:g}", (1, 1.5, 2, 2.5, 3, 4, 5, 7))
-    axes.set_yticks(list(places.values()), list(places))
-    legend_above(figure, 3)
-    return figure
-
-
-def ablation(rows: pd.DataFrame) -> plt.Figure:
-    """Perplexity ratio of recipes that differ by one ingredient, a line a recipe, a mark a domain.
-
-    Args:
-        rows: method (the recipe), note (what it adds and to which), domain, perplexity_ratio, ci_low, ci_high; one sparsity.
-    """
-    places = _places(rows["method"])
-    notes = rows.drop_duplicates("method").set_index("method")["note"]
-    figure, axes = plt.subplots(figsize=(6.8, 1.0 + 0.29 * len(places)))
-    _draw_ratios(axes, rows, places)
-    for part, side in zip(parts_by(rows, "domain").values(), cycle(((0, 4), (0, -9))), strict=False):
-        for method, value in zip(part["method"], part["perplexity_ratio"], strict=True):
-            note(axes, f"{value:.2f}", (value, places[method]), side, fontsize=6, ha="center")
-    log_ticks(axes.xaxis, "×{x:g}", (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
-    axes.set_yticks(list(places.values()), [f"{name}: {notes[name]}" if notes[name] else name for name in places])
-    axes.set_ylim(0.4, len(places) + 0.6)
-    axes.tick_params(axis="y", labelsize=7)
-    legend_above(figure, 2)
-    return figure
-
-
 def healing_curves(rows: pd.DataFrame) -> plt.Figure:
-    """KL divergence on validation windows against tokens that healing has read, a line a sparsity; a ring where it is least.
+    """KL divergence on validation windows against tokens that healing has read; a line a sparsity and number of steps.
 
-    That state is kept. The first mark of a line is the plan before healing.
+    The first mark of a line is the plan before healing. A ring shows where a line is least: that state is kept.
 
     Args:
-        rows: sparsity, tokens, kl (nats per token).
+        rows: sparsity, steps, tokens, kl (nats per token).
     """
-    figure, axes = plt.subplots(figsize=(6.8, 3.2))
-    for (sparsity, line), look in zip(parts_by(rows, "sparsity").items(), cycle(SERIES_LOOKS), strict=False):
-        axes.plot(line["tokens"], line["kl"], label=f"{percent(sparsity)} sparsity", **look)
-        least = line.loc[line["kl"].idxmin()]
-        axes.plot(least["tokens"], least["kl"], marker="o", markersize=12, fillstyle="none", color=look["color"])
-        for _, row in line.iterrows():
-            note(axes, f"{row['kl']:.3f}", (row["tokens"], row["kl"]), (0, 8), fontsize=7, ha="center")
+    figure, axes = plt.subplots(figsize=(6.8, 3.6))
+    for (sparsity, part), look in zip(parts_by(rows, "sparsity").items(), cycle(SERIES_LOOKS), strict=False):
+        for (steps, line), style in zip(parts_by(part, "steps").items(), cycle((":", "--", "-")), strict=False):
+            label = f"{percent(sparsity)} sparsity, {steps} steps"
+            axes.plot(line["tokens"], line["kl"], label=label, **look | {"linestyle": style, "markersize": 3})
+            least = line.loc[line["kl"].idxmin()]
+            axes.plot(least["tokens"], least["kl"], marker="o", markersize=10, fillstyle="none", color=look["color"])
+            for row in (line.iloc[0], least):
+                note(axes, f"{row['kl']:.3f}", (row["tokens"], row["kl"]), (0, 7), fontsize=7, ha="center")
     axes.set(yscale="log", xlabel="tokens read", ylabel="KL on validation windows (nats)")
     log_ticks(axes.yaxis, subs=(1, 2, 3, 5, 7))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.margins(x=0.06, y=0.12)
-    legend_above(figure, 4)
+    legend_above(figure, 3)
     return figure
-
-
-def _places(methods: pd.Series) -> dict[str, int]:
-    """{method: its height}, the first on top."""
-    names = methods.unique()
-    return {name: len(names) - i for i, name in enumerate(names)}
-
-
-def _draw_ratios(axes: plt.Axes, rows: pd.DataFrame, places: dict[str, int]) -> None:
-    """Perplexity ratios across with their intervals, a mark a domain."""
-    for (domain, part), look in zip(parts_by(rows, "domain").items(), cycle(TEXT_LOOKS), strict=False):
-        x, y = part["perplexity_ratio"], part["method"].map(places)
-        error_bars(axes, x, y, part["ci_low"], part["ci_high"], across=True, label=domain, **look | {"linestyle": ""})
-    axes.set(xscale="log", xlabel="perplexity ÷ dense perplexity")
-    axes.grid(axis="y", linewidth=0.4, color="0.9")
 
 
 def tasks(rows: pd.DataFrame) -> plt.Figure:
