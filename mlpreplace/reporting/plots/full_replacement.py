@@ -158,7 +158,7 @@ def healing_curves(rows: pd.DataFrame) -> plt.Figure:
     """
     figure, axes = plt.subplots(figsize=(6.8, 3.6))
     for (sparsity, part), look in zip(parts_by(rows, "sparsity").items(), cycle(SERIES_LOOKS), strict=False):
-        for (steps, line), style in zip(parts_by(part, "steps").items(), cycle((":", "--", "-")), strict=False):
+        for (steps, line), style in zip(parts_by(part, "steps").items(), cycle(("--", "-")), strict=False):
             label = f"{percent(sparsity)} sparsity, {steps} steps"
             axes.plot(line["tokens"], line["kl"], label=label, **look | {"linestyle": style, "markersize": 3})
             least = line.loc[line["kl"].idxmin()]

@@ -11,7 +11,9 @@ import pandas as pd
 from .looks import INK, TEXT_LOOKS, Look
 from .style import error_bars, legend_above, log_ticks, note, panels, parts_by
 
-FINE = (1, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 3, 5, 9, 9.5)  # ticks of a decade; the last ones are 0.9 and 0.95
+COARSE = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 7)  # ticks of a decade
+FINE = (1, 1.05, 1.1, 1.2, 1.3, 1.4, 9, 9.5)  # the last ones are 0.9 and 0.95
+WIDE = 1.6  # ratio from which on FINE ticks would overlap
 ASIDE = 0.15  # of the domains, from the middle of their line
 
 
@@ -74,7 +76,7 @@ def ingredients(rows: pd.DataFrame) -> plt.Figure:
         axes.axvline(1, color=INK, linewidth=0.8, zorder=0)
         axes.grid(axis="y", linewidth=0.4, color="0.9")
         axes.set_xscale("log")
-        log_ticks(axes.xaxis, "×{x:g}", FINE)
+        log_ticks(axes.xaxis, "×{x:g}", COARSE if part["perplexity_ratio"].max() > WIDE else FINE)
         axes.set_yticks(list(places.values()), list(places))
         axes.set(ylim=(0.4, len(places) + 0.6), title=title)
         axes.tick_params(axis="y", labelsize=7)

@@ -60,7 +60,6 @@ ALLOCATION_LOOKS = {  # notebook 04
     "recipe": _look(BLUE, "o", "-"),
     "recipe + healing": _look(VERMILION, "s", "-"),
     "recipe + long healing": _look(WINE, ">", "-"),
-    "recipe + longest healing": _look(INDIGO, "d", "-"),
 }
 METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.methods
     "uniform_refit": _look(BROWN, "p", "--"),
