@@ -20,7 +20,7 @@ from mlpreplace.evaluation.perplexity import measure
 from mlpreplace.fitting.training import Tuning
 from mlpreplace.methods import METHODS, calibrate, merge_mlps
 from mlpreplace.models import generate_windows, in_batches, token_batches
-from mlpreplace.planning import candidate_families, rollback, search, second_order_damage, tune
+from mlpreplace.planning import candidate_families, search, second_order_damage, tune
 from mlpreplace.replacements import without_layers
 from mlpreplace.reporting import Run
 from mlpreplace.statistics import Span, capture_spans, capture_stream, capture_units
@@ -166,7 +166,6 @@ INPUTS = {
     "perplexity of negative tokens": (measured(WINDOWS - 50), ["-"]),
     "second order of single tokens": (lambda g: second_order_damage(g.model, g.candidates, ONE, **QUIET), ["token"]),
     "search on single tokens": (lambda g: search(g.model, {}, g.candidates, ONE, **QUIET), ["token"]),
-    "rollback on nothing": (lambda g: rollback(g.model, g.plan, g.candidates, WINDOWS[:0], **QUIET), ["window"]),
     "healing on single tokens": (lambda g: m.heal(g.model, g.plan, ONE, ONE, **QUIET), ["token"]),
     "refit on a list": (lambda g: m.refit(g.model, g.plan, [[1, 2]], **QUIET), ["list"]),
     "spans of nothing": (lambda g: capture_spans(g.model, [Span(0, 1)], WINDOWS[:0], **QUIET), ["window"]),

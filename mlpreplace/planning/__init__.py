@@ -6,5 +6,4 @@ from .damage import SecondOrder, local_damage, measured_damage, second_order_dam
 from .distil import Healing, Tuning, heal, losses, tune, with_rest
 from .nest import narrowed, nest, set_sparsity
 from .refit import refit
-from .rollback import rollback
 from .search import search

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -206,11 +205,3 @@ def measured_damage(
         damages |= {block: [measured[block, i].mean_kl for i in range(len(candidates[block]))] for block in group}
         del fitted, plans  # before others are
     return {block: damages[block] for block in candidates}
-
-
-def check_kl(kls: Iterable[float]) -> None:
-    """Raise ValueError unless all of ``kls``, by which plans are chosen, are finite."""
-    if not all(map(math.isfinite, kls)):
-        raise ValueError(
-            "The KL divergence of a plan is not finite: check the model and the replacements (a half-precision overflow?)."
-        )

@@ -12,7 +12,6 @@ from mlpreplace.models import inputs
 from mlpreplace.models.inputs import check_batches, check_windows, in_batches, on_device, token_batches
 from mlpreplace.planning.damage import measured_damage, second_order_damage
 from mlpreplace.planning.refit import refit
-from mlpreplace.planning.rollback import rollback
 from mlpreplace.planning.search import search
 from mlpreplace.statistics import Span, capture_spans, capture_stream, capture_units, sample
 from mlpreplace.statistics.gradients import probe
@@ -60,7 +59,6 @@ PREDICTS = {  # all that predicts their tokens, too
     "second order": lambda m, plan, stats, ids: second_order_damage(m, {b: [r] for b, r in plan.items()}, ids, progress=False),
     "measured": lambda m, plan, stats, ids: measured_damage(m, {b: [r] for b, r in plan.items()}, ids, progress=False),
     "search": lambda m, plan, stats, ids: search(m, plan, {b: [r] for b, r in plan.items()}, ids, progress=False),
-    "rollback": lambda m, plan, stats, ids: rollback(m, plan, {b: [r] for b, r in plan.items()}, ids, progress=False),
     "allocate": lambda m, plan, stats, ids: allocate(m, stats, 0.2, "joint", windows=ids, progress=False),
     "heal": lambda m, plan, stats, ids: heal(m, plan, ids, IDS, progress=False),
     "heal's validation": lambda m, plan, stats, ids: heal(m, plan, IDS, ids, progress=False),
