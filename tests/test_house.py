@@ -18,7 +18,8 @@ HOUSE = {  # every room, left to right, and its files, top to bottom: each may i
     "replacements": "kv_cache records modules families narrow_attention plus_mean factored hybrids nested whole_layers splice",
     "statistics": "collect records groups weight_check accumulator moments residual_stream gradients fisher unit_similarity",
     "fitting": "ridge neurons errors heads features closed_form pairs state training fit candidate_errors",
-    "evaluation": "sweep perplexity tasks.files tasks.run tasks.scores tasks.probe tasks speed int8 pruning parameter_share",
+    "evaluation": "sweep perplexity tasks.files tasks.run tasks.scores tasks.probe tasks speed int8 rounding pruning"
+    " parameter_share",
     "planning": "knapsack candidates damage search allocate read_out refit_layer refit objectives distil nest",
     "methods": "calibration registry layer_drop uniform allocated recipe shortgpt uidl replaceme streamline subfit flap modegpt"
     " svd_llm merging sliding",
