@@ -112,6 +112,7 @@ def quantization(rows: pd.DataFrame) -> plt.Figure:
     right.set(ylabel="prefill speed-up", title="what it gains")
     if not rows["quantized"].any():
         figure.suptitle("int8 was not measured on this device")
+    legend_above(figure, 5, columnspacing=1)
     return figure
 
 
@@ -125,19 +126,15 @@ def _draw_parallelogram(axes: plt.Axes, rows: pd.DataFrame, columns: tuple[str, 
             axes.plot(*zip(start, end, strict=True), color="0.6", linewidth=1, zorder=1)
     if int8:
         product = [a * b / d for a, b, d in zip(int8, replaced, dense, strict=True)]
-        axes.plot(*product, **QUANTIZATION_LOOKS[True, True], ms=9, fillstyle="none", zorder=2)
-        _label(axes, "product", product, (-1, 9), QUANTIZATION_LOOKS[True, True]["color"])
+        axes.plot(*product, **QUANTIZATION_LOOKS[True, True], ms=9, fillstyle="none", zorder=2, label="product of both factors")
     for (quantized, compressed), look in QUANTIZATION_LOOKS.items():
         if (quantized, compressed) not in place:
             continue
         value, low, high = corners[quantized, compressed][list(columns)]
-        at, name = place[quantized, compressed], corners[quantized, compressed]["method"]
-        size = 6 if quantized or compressed else 10
-        error_bars(axes, at[0], value, low, high, capsize=2.5, elinewidth=0.9, ms=size, **look)
-        text = name.replace(", ", ",\n") if quantized and compressed else name
-        _label(axes, text, at, (-8, -3) if quantized and not compressed else (6, 5), look["color"])
+        about = {"label": corners[quantized, compressed]["method"], "ms": 6 if quantized or compressed else 10}
+        error_bars(axes, place[quantized, compressed][0], value, low, high, capsize=2.5, elinewidth=0.9, **look, **about)
     axes.set(xscale="log", yscale="log", xlabel="parameters (MB)")
-    axes.margins(x=0.45, y=0.3)  # room for the labels
+    axes.margins(x=0.2, y=0.2)
     log_ticks(axes.xaxis, subs=(1, 1.5, 2, 3, 4, 6))
     log_ticks(axes.yaxis, form, subs=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6))
 
