@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ from ..replacements.splice import Plan
 from ..statistics.groups import only
 from ..statistics.moments import Statistics
 from ..statistics.residual_stream import Span, SpanStatistics, StreamStatistics
+
+Choosable = TypeVar("Choosable")
 
 
 @dataclass
@@ -101,13 +104,16 @@ def least_choice(choices: Callable[[int], Choice], most: int, model: nn.Module, 
     return choices(n)
 
 
-def preferred(model: nn.Module, calibration: Calibration, plans: Sequence[Plan]) -> Plan:
-    """Of several plans the one that diverges least from the dense model on the validation windows; a single one as it is.
+def preferred(
+    model: nn.Module, calibration: Calibration, choices: Iterable[Choosable], plan: Callable[[Choosable], Plan]
+) -> Plan:
+    """Of ``plan(choice)`` the one that diverges least from the dense model on the validation windows.
 
-    Raises ValueError for several plans and no windows to measure them on.
+    So every method chooses by the same windows. The first choice is taken where there are none, as with padded text.
     """
-    if len(plans) == 1:
-        return plans[0]
-    _, validation = calibration.of_text()
-    found = compare(model, dict(enumerate(plans)), validation, cached=calibration.cached, progress=calibration.progress)
+    choices = list(choices)
+    if len(choices) == 1 or calibration.validation is None:
+        return plan(choices[0])
+    plans = dict(enumerate(map(plan, choices)))
+    found = compare(model, plans, calibration.validation, cached=calibration.cached, progress=calibration.progress)
     return plans[min(found, key=lambda i: found[i].mean_kl)]

@@ -7,6 +7,7 @@ LinearPatch and Ghosted Layers have a map of that kind; ours has a bias, and one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations, product
 
 from torch import Tensor, nn
 
@@ -17,7 +18,10 @@ from ..replacements.families import Family
 from ..replacements.splice import Plan
 from ..replacements.whole_layers import without_layers
 from ..statistics.residual_stream import Span
-from .calibration import Calibration, target_parameters
+from .calibration import Calibration, preferred, target_parameters
+
+LOOKS = 3  # choices of layers that are measured on validation windows
+RIDGES = (STREAM_RIDGE, 1e-6, 1e-2)  # of bypasses; validation windows decide
 
 
 def runs(layers: Iterable[int]) -> list[Span]:
@@ -29,21 +33,33 @@ def runs(layers: Iterable[int]) -> list[Span]:
     return found
 
 
-def nearest_ends(distance: Tensor, n: int, first: int = 0) -> Span:
-    """The span of ``n`` layers with the least ``distance`` [layers + 1, layers + 1] between its ends; none before ``first``."""
+def nearest_ends(distance: Tensor, n: int, first: int = 0) -> list[Span]:
+    """The three spans of ``n`` layers with the least ``distance`` [layers + 1, layers + 1] between their ends, the least first.
+
+    None begins before ``first``; where there are fewer, all of them.
+    """
     of_spans = distance.diagonal(n)[first:]  # [layers + 1 - n - first]
     if not len(of_spans):
         raise ValueError(f"There is no span of {n} layers from layer {first} on in a model of {len(distance) - 1}.")
-    start = first + int(of_spans.argmin())
-    return Span(start, start + n)
+    starts = of_spans.argsort(stable=True)[:LOOKS] + first
+    return [Span(start, start + n) for start in starts.tolist()]
+
+
+def least_sets(values: Tensor, n: int) -> list[tuple[int, ...]]:
+    """The three sets of ``n`` layers of least total in ``values`` [layers], the least first; where there are fewer, all."""
+    order = values.argsort(stable=True).tolist()
+    sure, open_ = order[: max(0, n - LOOKS)], order[max(0, n - LOOKS) : n + LOOKS]  # a set of the three differs in these alone
+    sets = [(*sure, *some) for some in combinations(open_, n - len(sure))]
+    return sorted(sets, key=lambda layers: sum(values[layer].item() for layer in layers))[:LOOKS]
 
 
 def nearest_runs(
-    model: nn.Module, sparsity: float, choice: Callable[[int], Sequence[int]], bypass: Family | None = None
-) -> list[Span]:
-    """Of ``choice(n)``, the n layers to remove, n = 1, 2, …, the one that removes nearest to ``sparsity``, as runs.
+    model: nn.Module, sparsity: float, choices: Callable[[int], Sequence[Sequence[int]]], bypass: Family | None = None
+) -> list[list[Span]]:
+    """``choices(n)`` as runs, for the number n of layers at which the first of them removes nearest to ``sparsity``.
 
     Args:
+        choices: n → sets of n layers that may go, the first choice first.
         bypass: what stands in for each run; its parameters count against what is removed.
 
     Raises ValueError for a sparsity outside (0, 1), or so high that no layer would be left.
@@ -55,13 +71,13 @@ def nearest_runs(
         removed = sum(weights[layer] for span in spans for layer in span.layers)
         return removed - sum(bypass.n_params(found[span.start]) for span in spans) if bypass else removed
 
-    choices = [runs(choice(n)) for n in range(1, len(weights))]
-    if not choices:
+    of_number = [[runs(layers) for layers in choices(n)] for n in range(1, len(weights))]
+    if not of_number:
         raise ValueError("A model of one layer has none to remove.")
-    if target > (most := max(map(saved, choices))) + min(weights) / 2:
+    if target > (most := max(saved(first) for first, *_ in of_number)) + min(weights) / 2:
         share = most / sum(weights)
         raise ValueError(f"sparsity={sparsity} cannot be reached: without all layers but one it would be {share:.3f}.")
-    return min(choices, key=lambda spans: abs(saved(spans) - target))
+    return min(of_number, key=lambda of_n: abs(saved(of_n[0]) - target))
 
 
 def drop(
@@ -87,3 +103,9 @@ def drop(
         block = found[span.start]
         stand_ins[span.start] = fit(block, {block: calibration.of_span(span).stream}, bypass, ridge=ridge)
     return without_layers(model, [layer for span in spans for layer in span.layers], stand_ins)
+
+
+def dropped_best(model: nn.Module, calibration: Calibration, choices: Iterable[list[Span]], bypass: Family | None = None) -> Plan:
+    """Of the plans without the layers of one of ``choices`` the best on the validation windows, each with every ridge."""
+    tried = product(choices, RIDGES if bypass else RIDGES[:1])
+    return preferred(model, calibration, tried, lambda c: drop(model, calibration, c[0], bypass, ridge=c[1]))

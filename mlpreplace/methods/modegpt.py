@@ -52,10 +52,10 @@ def modegpt(model: nn.Module, calibration: Calibration, sparsity: float, *, temp
     """Attention and MLP of every layer narrowed by the layer's share, until ``sparsity`` is removed.
 
     Args:
-        temperatures: ε; of several, the one whose plan diverges least on the validation windows.
+        temperatures: ε; of several, the one whose plan diverges least on the validation windows, or the first without any.
 
     Raises:
-        ValueError: a sparsity that cannot be reached, statistics or validation windows that are missing.
+        ValueError: a sparsity that cannot be reached, statistics that are missing.
         NotApplicable: blocks whose neurons or heads are not known (experts).
     """
     stats = calibration.of_insides()
@@ -76,4 +76,4 @@ def modegpt(model: nn.Module, calibration: Calibration, sparsity: float, *, temp
             plan |= fitted_plan(only(stats, list(of_kind)), of_kind, selection=selection, cached=calibration.cached)
         return plan
 
-    return preferred(model, calibration, [planned(temperature) for temperature in temperatures])
+    return preferred(model, calibration, temperatures, planned)

@@ -26,7 +26,7 @@ class Needs:
     """Which statistics of the calibration text a method reads."""
 
     stream: bool = False  # how the residual stream moves
-    spans: Callable[[nn.Module, StreamStatistics, float], Iterable[Span]] | None = None  # at a sparsity; given the stream
+    spans: Callable[[nn.Module, StreamStatistics, float], Iterable[Iterable[Span]]] | None = None  # choices at a sparsity
     moments: Mapping[str, Collection[str]] = field(default_factory=dict)  # {kind of block, "mlp" or "attention": its moments}
     effects: bool = False  # what the loss feels of neurons and heads, instead of pairs of input and output of validation windows
 
@@ -131,7 +131,7 @@ def calibrate(
     some = slice(0, min(len(fitted), CHOICE_WINDOWS))
     if any(n.stream or n.spans for n in needs):
         stream = capture_stream(model, windows[some], None if mask is None else mask[some], **options)
-    spans = {span for n in needs if n.spans for sparsity in sparsities for span in n.spans(model, stream, sparsity)}
+    spans = {span for n in needs if n.spans for s in sparsities for choice in n.spans(model, stream, s) for span in choice}
     sampled = dict(mask=mask, sample_windows=sample_windows, validation_windows=validation_windows)
     found = Calibration(stream=stream, cached=cached, progress=progress)
     found.spans = capture_spans(model, spans, windows, **sampled, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +22,17 @@ from ..replacements.splice import Plan
 from ..replacements.whole_layers import without_layers
 from ..statistics.moments import BlockStatistics, Sample
 from ..statistics.residual_stream import Span, SpanStatistics, StreamStatistics
-from .calibration import Calibration
-from .layer_drop import nearest_ends, nearest_runs
+from .calibration import Calibration, preferred
+from .layer_drop import RIDGES, nearest_ends, nearest_runs
 from .registry import Needs, method
 
 OBJECTIVES = ("least_squares", "cosine")
 TRAINING = Training(loss="cosine", epochs=10, learning_rate=1e-4, batch_tokens=1024)  # faster overfits a few thousand tokens
 
 
-def replaceme_spans(model: nn.Module, stream: StreamStatistics, sparsity: float) -> list[Span]:
-    """The one span, behind an MLP, of least cosine distance between its ends; as long as comes nearest to ``sparsity``."""
-    return nearest_runs(model, sparsity, lambda n: nearest_ends(stream.distance, n, first=1).layers)
+def replaceme_spans(model: nn.Module, stream: StreamStatistics, sparsity: float) -> list[list[Span]]:
+    """Choices of one span, behind an MLP, of least cosine distance between its ends; as long as comes nearest to ``sparsity``."""
+    return nearest_runs(model, sparsity, lambda n: [span.layers for span in nearest_ends(stream.distance, n, first=1)])
 
 
 def least_squares_map(block: Block, s: BlockStatistics, ridge: float = STREAM_RIDGE) -> Tensor:
@@ -102,6 +103,8 @@ def replaceme(
 ) -> Plan:
     """A span of layers dropped, and a linear map for it in the MLP before. The number of layers is the nearest one.
 
+    The three spans of least distance are measured on the validation windows, if there are any; in closed form with three ridges.
+
     Args:
         objective: "least_squares", in closed form over all calibration tokens, or "cosine", trained on the sampled ones.
         training: of "cosine"; its loss must be "cosine".
@@ -114,16 +117,22 @@ def replaceme(
         raise ValueError(f"Unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}.")
     if training.loss != "cosine":
         raise ValueError(f"Expected a training with loss='cosine', got {training.loss!r}.")
-    (span,) = replaceme_spans(model, calibration.of_stream(model), sparsity)
-    s, block = calibration.of_span(span), find_blocks(model)[span.start - 1]
-    if s.mlp is None:
-        raise NotApplicable(f"{block.name}: a norm stands between the MLP and the stream, so that no map can be fused into it.")
-    start, trained = time.perf_counter(), None
-    if objective == "cosine":
-        t, trained = cosine_map(block, s, training, progress=calibration.progress)
-    else:
-        t = least_squares_map(block, s.mlp)
-    replacement = fused(block, t)
-    seconds = 0.0 if trained else time.perf_counter() - start
-    replacement.report = FitReport(s.mlp.tokens, seconds, None, None, training=trained)
-    return {block: replacement} | without_layers(model, span.layers)
+    spans = [span for (span,) in replaceme_spans(model, calibration.of_stream(model), sparsity)]
+
+    def planned(choice: tuple[Span, float]) -> Plan:
+        span, ridge = choice
+        s, block = calibration.of_span(span), find_blocks(model)[span.start - 1]
+        if s.mlp is None:
+            raise NotApplicable(f"{block.name}: a norm stands between the MLP and the stream: no map can be fused into it.")
+        start, trained = time.perf_counter(), None
+        if objective == "cosine":
+            t, trained = cosine_map(block, s, training, progress=calibration.progress)
+        else:
+            t = least_squares_map(block, s.mlp, ridge)
+        replacement = fused(block, t)
+        seconds = 0.0 if trained else time.perf_counter() - start
+        replacement.report = FitReport(s.mlp.tokens, seconds, None, None, training=trained)
+        return {block: replacement} | without_layers(model, span.layers)
+
+    ridges = RIDGES[:1] if objective == "cosine" else RIDGES
+    return preferred(model, calibration, product(spans, ridges), planned)

@@ -25,7 +25,7 @@ from ..replacements.splice import Plan
 from ..replacements.whole_layers import Tuned, without_layers
 from ..statistics.moments import BlockStatistics
 from ..statistics.residual_stream import Span, StreamStatistics
-from .calibration import Calibration, target_parameters
+from .calibration import Calibration, preferred, target_parameters
 from .layer_drop import nearest_ends, nearest_runs
 from .registry import Needs, method
 
@@ -34,21 +34,24 @@ TRAINING = Training(epochs=8, learning_rate=3e-4)
 LEAST = 0.1  # of a layer's parameters: a smaller MLP is not worth its place
 
 
-def streamline_spans(model: nn.Module, stream: StreamStatistics, sparsity: float, *, stand_in: str = "layer") -> list[Span]:
-    """The one span to replace. "layer": one layer more than comes nearest to ``sparsity``, for one is put back. "mlp": as few as
-    remove a tenth of a layer more than ``sparsity``; the MLP has what may be put back.
+def streamline_spans(model: nn.Module, stream: StreamStatistics, sparsity: float, *, stand_in: str = "layer") -> list[list[Span]]:
+    """Choices of one span to replace, those of least distance between their ends.
+
+    "layer": one layer more than comes nearest to ``sparsity``, for one is put back. "mlp": as few as remove a tenth of a layer
+    more than ``sparsity``; the MLP has what may be put back.
     """
     if stand_in not in STAND_INS:
         raise ValueError(f"Unknown stand-in {stand_in!r}; expected one of {', '.join(STAND_INS)}.")
     if stand_in == "layer":
-        (removed,) = nearest_runs(model, sparsity, lambda n: nearest_ends(stream.distance, n + 1).layers[1:])
-        return [Span(removed.start - 1, removed.stop)]
+        found = nearest_runs(model, sparsity, lambda n: [span.layers[1:] for span in nearest_ends(stream.distance, n + 1)])
+        return [[Span(removed.start - 1, removed.stop)] for (removed,) in found]
     weights, target = layer_parameters(model), target_parameters(model, sparsity)
-    spans = [nearest_ends(stream.distance, n) for n in range(1, len(weights) + 1)]
-    enough = [span for span in spans if sum(weights[i] for i in span.layers) - target >= LEAST * weights[span.start]]
-    if not enough:
-        raise ValueError(f"sparsity={sparsity} cannot be reached: without all layers there is no room for an MLP in their place.")
-    return enough[:1]
+    for n in range(1, len(weights) + 1):
+        spans = nearest_ends(stream.distance, n)
+        spare = {span: sum(weights[i] for i in span.layers) - target for span in spans}
+        if enough := [[span] for span in spans if spare[span] >= LEAST * weights[span.start]]:
+            return enough
+    raise ValueError(f"sparsity={sparsity} cannot be reached: without all layers there is no room for an MLP in their place.")
 
 
 class _Layer(nn.Module):
@@ -112,6 +115,8 @@ def streamline(
 ) -> Plan:
     """A span of layers replaced by one trained stand-in.
 
+    The three spans of least distance between their ends are measured on the validation windows, if there are any.
+
     Args:
         stand_in: "layer" (the number of layers is the nearest one) or "mlp" (a TwoLayerMLP, sized so that the sparsity is met).
         training: on the sampled windows; the best check on the validation windows is kept, the start if need be.
@@ -119,13 +124,16 @@ def streamline(
     Raises:
         ValueError: an unknown stand-in, a sparsity that cannot be reached, what is missing or of another model, no samples.
     """
-    (span,) = streamline_spans(model, calibration.of_stream(model), sparsity, stand_in=stand_in)
-    s = calibration.of_span(span).stream
-    if stand_in == "layer":
-        return trained_layer(model, span.start, s, training, progress=calibration.progress) | without_layers(
-            model, span.layers[1:]
-        )
-    block, weights = find_layers(model)[span.start], layer_parameters(model)
-    spare = sum(weights[i] for i in span.layers) - target_parameters(model, sparsity)
-    fitted = fit(block, {block: s}, TwoLayerMLP.nearest(block, spare), training=training, progress=calibration.progress)
-    return without_layers(model, span.layers, {span.start: fitted})
+    spans = [span for (span,) in streamline_spans(model, calibration.of_stream(model), sparsity, stand_in=stand_in)]
+
+    def planned(span: Span) -> Plan:
+        s = calibration.of_span(span).stream
+        if stand_in == "layer":
+            trained = trained_layer(model, span.start, s, training, progress=calibration.progress)
+            return trained | without_layers(model, span.layers[1:])
+        block, weights = find_layers(model)[span.start], layer_parameters(model)
+        spare = sum(weights[i] for i in span.layers) - target_parameters(model, sparsity)
+        fitted = fit(block, {block: s}, TwoLayerMLP.nearest(block, spare), training=training, progress=calibration.progress)
+        return without_layers(model, span.layers, {span.start: fitted})
+
+    return preferred(model, calibration, spans, planned)

@@ -5,7 +5,7 @@ They say: blocks are scored by how little they change the residual stream, in ma
 of depth, until the sparsity is met net of the bypasses, which add about a tenth of what is removed. Attention gets a low-rank
 map and an MLP one of higher rank, in closed form. What they leave open is chosen here:
 
-- magnitude and rotation become one score by their geometric mean;
+- the score is magnitude, rotation, or their geometric mean: the best on the validation windows;
 - the score is divided by the parameters saved, or nearly all attention would go before any MLP;
 - a bypass has a tenth of its block's parameters, so that an MLP's has the higher rank;
 - every MLP has an input basis of its own; as a variant all share one, as a description has it (see :func:`share_basis`);
@@ -35,10 +35,11 @@ from ..replacements.splice import Plan
 from ..statistics.groups import by_group
 from ..statistics.moments import BlockStatistics, Statistics
 from ..statistics.residual_stream import StreamStatistics
-from .calibration import Calibration, target_parameters
+from .calibration import Calibration, preferred, target_parameters
 from .registry import Needs, method
 
-SCORES = ("magnitude", "rotation", "both", "bypass")
+OF_STREAM = ("both", "magnitude", "rotation")
+SCORES = (*OF_STREAM, "bypass")
 BYPASS = 0.1  # parameters of a bypass, as a share of its block's
 NEEDS = Needs(stream=True, moments={"mlp": ["input"], "attention": ["input"]})
 
@@ -117,19 +118,27 @@ ABOUT = dict(removes="attention and MLP blocks", paper="2606.02559", needs=NEEDS
 
 @method("subfit_shared", title="SubFit-style, one basis", shared=True, **ABOUT)
 @method("subfit", title="SubFit-style", **ABOUT)
-def subfit(model: nn.Module, calibration: Calibration, sparsity: float, *, score: str = "both", shared: bool = False) -> Plan:
+def subfit(
+    model: nn.Module, calibration: Calibration, sparsity: float, *, score: str | None = None, shared: bool = False
+) -> Plan:
     """Blocks of lowest score per parameter saved, replaced by low-rank bypasses until at least ``sparsity`` is removed.
 
     Args:
         score: "both", "magnitude" or "rotation" (see :func:`scores`), or "bypass": the bypass's squared error on validation
-            windows over the residual stream's energy, which needs no stream.
+            windows over the residual stream's energy, which needs no stream. By default the best of the first three on the
+            validation windows.
         shared: whether MLPs share the basis through which they read, and have about twice the rank at as many parameters.
 
     Raises:
         ValueError: an unknown score, a sparsity that cannot be reached, statistics that are missing or of another model.
     """
-    if score not in SCORES:
+    if score not in (None, *SCORES):
         raise ValueError(f"Unknown score {score!r}; expected one of {', '.join(SCORES)}.")
+    tried = OF_STREAM if score is None else [score]
+    return preferred(model, calibration, tried, lambda s: _planned(model, calibration, sparsity, s, shared))
+
+
+def _planned(model: nn.Module, calibration: Calibration, sparsity: float, score: str, shared: bool) -> Plan:
     target, stats = target_parameters(model, sparsity), calibration.of_kinds("attention", "mlp")
     families = {block: LowRank.nearest(block, BYPASS * block.n_params) for block in stats}
     savings = {block: block.n_params - family.n_params(block) for block, family in families.items()}

@@ -14,16 +14,16 @@ from ..replacements.families import Family, Linear
 from ..replacements.splice import Plan
 from ..statistics.residual_stream import Span, StreamStatistics
 from .calibration import Calibration
-from .layer_drop import drop, nearest_ends, nearest_runs
+from .layer_drop import dropped_best, nearest_ends, nearest_runs
 from .registry import Needs, method
 
 ABOUT = dict(removes="a span of layers", paper="2403.17887")
 BYPASS = Linear()
 
 
-def uidl_spans(model: nn.Module, stream: StreamStatistics, sparsity: float, *, bypass: Family | None = None) -> list[Span]:
-    """The one span of least angle between its ends, as long as comes nearest to ``sparsity``."""
-    return nearest_runs(model, sparsity, lambda n: nearest_ends(stream.angle, n).layers, bypass)
+def uidl_spans(model: nn.Module, stream: StreamStatistics, sparsity: float, *, bypass: Family | None = None) -> list[list[Span]]:
+    """Choices of one span of least angle between its ends, as long as comes nearest to ``sparsity``."""
+    return nearest_runs(model, sparsity, lambda n: [span.layers for span in nearest_ends(stream.angle, n)], bypass)
 
 
 @method(
@@ -35,9 +35,10 @@ def uidl_spans(model: nn.Module, stream: StreamStatistics, sparsity: float, *, b
 )
 @method("uidl", title="UIDL", needs=Needs(stream=True), **ABOUT)
 def uidl(model: nn.Module, calibration: Calibration, sparsity: float, *, bypass: Family | None = None) -> Plan:
-    """The span of layers with the least angle between its ends goes; its length is the nearest one.
+    """A span of layers with a small angle between its ends goes; its length is the nearest one.
 
-    Options and errors are those of :func:`~mlpreplace.methods.shortgpt`.
+    The three spans of least angle are measured on the validation windows, if there are any; maps with three ridges. Options and
+    errors are those of :func:`~mlpreplace.methods.shortgpt`.
     """
     spans = uidl_spans(model, calibration.of_stream(model), sparsity, bypass=bypass)
-    return drop(model, calibration, spans, bypass)
+    return dropped_best(model, calibration, spans, bypass)

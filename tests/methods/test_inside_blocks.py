@@ -1,5 +1,7 @@
 """Methods that narrow every block from inside: FLAP-type, MoDeGPT-type, SVD-LLM-type."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import capture_quietly
@@ -102,8 +104,9 @@ def test_the_temperature_that_validation_prefers():
     best = plans[divergence.index(min(divergence))]
     found = modegpt(model, known, 0.3, temperatures=[0.02, 0.2])
     assert torch.equal(logits(splice(model, found), ids), logits(splice(model, best), ids))
-    for order in (plans, plans[::-1]):
-        assert preferred(model, known, order) is best
+    for order in ((0, 1), (1, 0)):
+        assert preferred(model, known, order, plans.__getitem__) is best
+    assert preferred(model, replace(known, validation=None), (1, 0), plans.__getitem__) is plans[1]
 
 
 def test_projections_of_low_rank_are_found_again():

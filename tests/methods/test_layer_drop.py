@@ -1,13 +1,16 @@
 """ShortGPT and UIDL: which layers go, and what their bypass is fitted to."""
 
+from dataclasses import replace
+from itertools import combinations, product
+
 import pytest
 import torch
-from layer_blocks import LAYERS, deep, streams
+from layer_blocks import LAYERS, calibrated, deep, streams
 from tiny_models import CAUSAL, HIDDEN, SINGLE, random_windows
 
-from mlpreplace import Linear, LowRank, spliced
+from mlpreplace import Linear, LowRank, compare, spliced
 from mlpreplace.methods.calibration import Calibration
-from mlpreplace.methods.layer_drop import drop, nearest_ends, runs
+from mlpreplace.methods.layer_drop import RIDGES, drop, least_sets, nearest_ends, runs
 from mlpreplace.methods.shortgpt import shortgpt, shortgpt_spans
 from mlpreplace.methods.uidl import uidl, uidl_spans
 from mlpreplace.models.layers import layer_parameters
@@ -36,7 +39,7 @@ def test_shortgpt_drops_the_layers_of_least_influence():
     model, stream = deep("llama"), influences(0.9, 0.1, 0.5, 0.2, 0.3, 0.8)
     dropped = [sorted(b.layer for b in shortgpt(model, Calibration(stream), n / LAYERS) if b.kind == "layer") for n in (1, 2, 3)]
     assert dropped == [[1], [1, 3], [1, 3, 4]]
-    assert shortgpt_spans(model, stream, 0.5) == [Span(1, 2), Span(3, 5)]
+    assert shortgpt_spans(model, stream, 0.5)[0] == [Span(1, 2), Span(3, 5)]
 
 
 def test_uidl_drops_the_span_between_the_nearest_ends():
@@ -45,9 +48,33 @@ def test_uidl_drops_the_span_between_the_nearest_ends():
     model, calibration = deep("llama"), Calibration(stream_of(distance))
     assert sorted({b.layer for b in uidl(model, calibration, 2 / LAYERS)}) == [2, 3]
     assert sorted({b.layer for b in uidl(model, calibration, 3 / LAYERS)}) == [1, 2, 3]
-    assert nearest_ends(distance, 3, first=2) == Span(3, 6)
+    assert nearest_ends(distance, 3) == [Span(1, 4), Span(3, 6), Span(0, 3)]
+    assert nearest_ends(distance, 3, first=2) == [Span(3, 6), Span(2, 5)]
     with pytest.raises(ValueError, match="no span of 6 layers from layer 1 on in a model of 6"):
         nearest_ends(distance, 6, first=1)
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_the_sets_of_least_total_are_those_of_all(n):
+    values = torch.rand(8, generator=torch.Generator().manual_seed(n))
+    every = sorted(combinations(range(8), n), key=lambda layers: values[list(layers)].sum())
+    assert [tuple(sorted(layers)) for layers in least_sets(values, n)] == every[:3]
+
+
+@pytest.mark.parametrize(("method", "spans"), [(shortgpt, shortgpt_spans), (uidl, uidl_spans)])
+@pytest.mark.parametrize("bypass", [None, Linear()])
+def test_the_validation_windows_choose_layers_and_ridge(method, spans, bypass):
+    name = f"{method.__name__}_linear" if bypass else method.__name__
+    model = deep("llama")
+    known = calibrated(model, (0.5,), [name])
+    tried = product(spans(model, known.stream, 0.5, bypass=bypass), RIDGES if bypass else RIDGES[:1])
+    plans = [drop(model, known, chosen, bypass, ridge=ridge) for chosen, ridge in tried]
+    divergences = [m.mean_kl for m in compare(model, dict(enumerate(plans)), known.validation).values()]
+    found = compare(model, {0: method(model, known, 0.5, bypass=bypass)}, known.validation)[0].mean_kl
+    assert found == min(divergences) < max(divergences)
+    first = drop(model, known, spans(model, known.stream, 0.5, bypass=bypass)[0], bypass)
+    blind = method(model, replace(known, validation=None), 0.5, bypass=bypass)
+    assert {b.name for b in blind} == {b.name for b in first}
 
 
 @pytest.mark.parametrize("target", [0.05, 0.2, 0.3, 0.45, 0.7, 0.9])
@@ -66,7 +93,7 @@ def test_bypasses_count(method, spans, bypass):
     model, windows = deep("llama"), random_windows(10, 16)
     stream, weights = capture_stream(model, windows, progress=False), layer_parameters(model)
     for target in (0.3, 0.5, 0.7):
-        removed = spans(model, stream, target, bypass=bypass)
+        removed = spans(model, stream, target, bypass=bypass)[0]
         of_spans = capture_spans(model, removed, windows, progress=False)
         plan = method(model, Calibration(stream, of_spans), target, bypass=bypass)
         standing = {b: r for b, r in plan.items() if r.family == bypass}

@@ -109,7 +109,7 @@ def test_a_removed_attention_keeps_no_cache_entry(name):
 
 def test_errors(calibration):
     model = deep("llama")
-    with pytest.raises(ValueError, match="Unknown score 'norm'; expected one of magnitude, rotation, both, bypass"):
+    with pytest.raises(ValueError, match="Unknown score 'norm'; expected one of both, magnitude, rotation, bypass"):
         subfit(model, calibration, 0.25, score="norm")
     with pytest.raises(ValueError, match="0 < sparsity < 1, got 0"):
         subfit(model, calibration, 0)
