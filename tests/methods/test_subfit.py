@@ -7,10 +7,10 @@ import torch
 from layer_blocks import LAYERS, calibrated, deep
 from tiny_models import CAUSAL, HIDDEN, random_windows
 
-from mlpreplace import LowRank, capture, find_blocks, fit, spliced
+from mlpreplace import LowRank, capture, compare, find_blocks, fit, spliced
 from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.registry import METHODS
-from mlpreplace.methods.subfit import lowest_first, scores, share_basis, subfit
+from mlpreplace.methods.subfit import OF_STREAM, lowest_first, scores, share_basis, subfit
 from mlpreplace.replacements.splice import removed_parameters, sparsity_of
 from mlpreplace.statistics.residual_stream import StreamStatistics
 
@@ -49,6 +49,13 @@ def test_the_lowest_scores_go_wherever_they_are(calibration):
         *sure, last = sorted(plan, key=per_parameter.get)
         assert not [b for b in blocks if b not in plan and per_parameter[b] < per_parameter[sure[-1]]]
         assert {b.kind for b in blocks} == {"mlp", "attention"}
+
+
+def test_the_validation_windows_choose_the_score(calibration):
+    model, windows = deep("llama"), calibration.validation
+    found = {None: subfit(model, calibration, 0.3)} | {s: subfit(model, calibration, 0.3, score=s) for s in OF_STREAM}
+    divergences = {score: m.mean_kl for score, m in compare(model, found, windows).items()}
+    assert divergences.pop(None) == min(divergences.values()) < max(divergences.values())
 
 
 def test_scores_per_parameter(calibration):
