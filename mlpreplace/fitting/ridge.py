@@ -18,6 +18,10 @@ WHITENING_RIDGE = 1e-9  # keeps a moment of fewer tokens than dimensions positiv
 STREAM_RIDGE = 1e-4  # of maps of the residual stream, whose massive activations raise that mean
 
 
+class Singular(ValueError):
+    """Moments that no inverse exists of, at the ridge that was asked for."""
+
+
 def centred(second: Tensor, left: Tensor, right: Tensor, tokens: int) -> Tensor:
     """AᵀB − n·āᵀb̄ from the uncentred moment AᵀB and the sums of A and B."""
     return second - torch.outer(left, right) / tokens
@@ -33,7 +37,7 @@ def add_ridge(block: Block, c: Tensor, ridge: float) -> Tensor:
 
 
 def factor(block: Block, c: Tensor) -> Tensor:
-    """The lower Cholesky factor of C, in its place. Raises ValueError where C is singular.
+    """The lower Cholesky factor of C, in its place. Raises Singular where it has none.
 
     Without ridge it is singular for fewer tokens than dimensions, and for inputs that are linearly dependent, such as centred
     inputs behind a LayerNorm.
@@ -43,7 +47,7 @@ def factor(block: Block, c: Tensor) -> Tensor:
     c = c.mT  # the same numbers in the order of LAPACK, which would make a copy of the other
     lower, failed = torch.linalg.cholesky_ex(c, out=(c, torch.empty((), dtype=torch.int32, device=c.device)))
     if failed or (lower.diagonal().square() <= rounding).any():
-        raise ValueError(f"{block.name}: the moments are singular (few tokens, or a LayerNorm before the block): raise ridge.")
+        raise Singular(f"{block.name}: the moments are singular (few tokens, or a LayerNorm before the block): raise ridge.")
     return lower
 
 

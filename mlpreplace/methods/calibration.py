@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ..evaluation.perplexity import compare
+from ..fitting.ridge import Singular
 from ..models.blocks import Block, NotApplicable
 from ..models.layers import layer_parameters
 from ..models.parameters import block_parameters
@@ -109,11 +110,19 @@ def preferred(
 ) -> Plan:
     """Of ``plan(choice)`` the one that diverges least from the dense model on the validation windows.
 
-    So every method chooses by the same windows. The first choice is taken where there are none, as with padded text.
+    So every method chooses by the same windows. The first choice is taken where there are none, as with padded text. A choice
+    is left out where its ridge is too small for the moments, of few tokens; raises Singular where all are.
     """
     choices = list(choices)
     if len(choices) == 1 or calibration.validation is None:
         return plan(choices[0])
-    plans = dict(enumerate(map(plan, choices)))
+    plans, singular = {}, None
+    for i, choice in enumerate(choices):
+        try:
+            plans[i] = plan(choice)
+        except Singular as error:
+            singular = error
+    if not plans:
+        raise singular
     found = compare(model, plans, calibration.validation, cached=calibration.cached, progress=calibration.progress)
     return plans[min(found, key=lambda i: found[i].mean_kl)]

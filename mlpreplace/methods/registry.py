@@ -50,6 +50,11 @@ class Method:
     needs: Needs
     plan: Callable[[nn.Module, Calibration, float], Plan]
 
+    @property
+    def unit(self) -> str:
+        """What is removed as a whole: "layers", "blocks", or "widths" of what stays."""
+        return next((unit for unit in ("layers", "blocks") if unit in self.removes), "widths")
+
     def __call__(self, model: nn.Module, calibration: Calibration, sparsity: float) -> Plan:
         """A plan that removes ``sparsity`` of all attention and MLP parameters, or the nearest whole number of layers.
 

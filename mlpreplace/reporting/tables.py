@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
@@ -107,6 +108,51 @@ def result_rows(
             }
         )
     return rows
+
+
+def matched_rows(
+    rows: Iterable[dict], measured: Mapping[tuple[str, float, str], Measurement], method: str, *, seed: int = 0
+) -> list[dict]:
+    """``rows`` with perplexity ÷ that of ``method`` at the sparsity which the plan of the row reached, on the same windows.
+
+    Methods that remove whole layers reach another sparsity than they were asked for. So the log-perplexity of ``method`` is
+    interpolated between the two of its plans that remove a little less and a little more, window by window. It grows faster
+    the more is removed, so the interpolated one is no lower than the true one.
+
+    Args:
+        rows: those of :func:`result_rows`, of all domains, the dense model included.
+        measured: {(method, target sparsity, domain): measurement} of the same plans.
+
+    Returns:
+        The rows with matched_ratio and its 95 % paired-bootstrap interval matched_low, matched_high. They are None where a plan
+        removes more than all plans of ``method``.
+    """
+    rows = list(rows)
+    reached: dict[str, list[tuple[float, Measurement]]] = {}
+    for r in rows:
+        if r["method"] in ("dense", method):
+            known = measured[r["method"], r["sparsity"], r["domain"]]
+            reached.setdefault(r["domain"], []).append((r["sparsity_achieved"], known))
+    matched = []
+    for r in rows:
+        other = _between(sorted(reached[r["domain"]], key=lambda of: of[0]), r["sparsity_achieved"])
+        ratio = other and perplexity_ratio(measured[r["method"], r["sparsity"], r["domain"]], other, seed=seed)
+        value, low, high = (ratio.value, ratio.low, ratio.high) if ratio else (None, None, None)
+        matched.append({**r, "matched_ratio": value, "matched_low": low, "matched_high": high})
+    return matched
+
+
+def _between(reached: Sequence[tuple[float, Measurement]], sparsity: float) -> Measurement | None:
+    """The losses at ``sparsity`` of a method measured at others, in rising order; None beyond the last."""
+    place = bisect_left([at for at, _ in reached], sparsity)
+    if place == len(reached):
+        return None
+    above, high = reached[place]
+    if place == 0 or above == sparsity:
+        return high
+    below, low = reached[place - 1]
+    share = (sparsity - below) / (above - below)
+    return Measurement((1 - share) * low.nll + share * high.nll, high.tokens)
 
 
 def _removed(model: nn.Module, plan: Plan) -> dict:

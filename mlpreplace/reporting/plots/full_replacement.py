@@ -11,7 +11,20 @@ import numpy as np
 import pandas as pd
 
 from .looks import FAMILY_LOOKS, INK, METHOD_LOOKS, QUANTIZATION_LOOKS, SERIES_LOOKS, Look
-from .style import AVERAGE, WIDEST, draw_lines, error_bars, kept_maps, legend_above, log_ticks, note, panels, parts_by, percent
+from .style import (
+    AVERAGE,
+    WIDEST,
+    draw_lines,
+    error_bars,
+    kept_maps,
+    legend_above,
+    log_ticks,
+    note,
+    panels,
+    parts_by,
+    percent,
+    sparsity_axis,
+)
 
 CEILING = 10  # of perplexity ratios that are drawn: beyond it a model is broken, and how badly is of little interest
 PHASES = {"prefill": "prefill: ideal is a ratio of FLOPs", "decode": "decode: ideal is a ratio of bytes read"}
@@ -33,7 +46,7 @@ def pareto(rows: pd.DataFrame) -> plt.Figure:
         axes.axhline(1, color=INK, linewidth=1)
         axes.plot(0, 1, marker="*", color=INK, markersize=9)
         note(axes, f"dense: {dense['perplexity']:.1f}", (0, 1), (-3, 7), fontsize=7.5, color=INK)
-        _sparsity_axis(axes)
+        sparsity_axis(axes)
         axes.set(yscale="log", title=domain)
         log_ticks(axes.yaxis, "×{x:g}", (1, 1.5, 2, 3, 5, 7))
         axes.set_ylim(0.85, min(1.08 * rows["ci_high"].max(), CEILING))
@@ -44,13 +57,6 @@ def pareto(rows: pd.DataFrame) -> plt.Figure:
     drawn[0][0].set_ylabel("perplexity ÷ dense perplexity")
     legend_above(figure, 6, columnspacing=1)
     return figure
-
-
-def _sparsity_axis(axes: plt.Axes) -> None:
-    """Sparsity across, with a tick at every eighth."""
-    axes.set_xlabel("sparsity (of attention and MLP parameters)")
-    axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
-    axes.xaxis.set_major_formatter(percent)
 
 
 def kept_by_layer(rows: pd.DataFrame) -> plt.Figure:
@@ -87,7 +93,7 @@ def speed(rows: pd.DataFrame) -> plt.Figure:
         axes.plot(0, 1, marker="*", color=INK, markersize=10, zorder=4)
         _label(axes, "dense", (0, 1), (5, -10), INK)
         axes.set_title(title)
-        _sparsity_axis(axes)
+        sparsity_axis(axes)
         axes.yaxis.set_major_formatter("×{x:g}")
         axes.margins(y=0.12)
         axes.set_xlim(-0.08 * x.max(), 1.3 * x.max())  # room for the labels

@@ -121,6 +121,13 @@ def percent(share: float, _position: int = 0) -> str:
     return f"{100 * share:g} %"
 
 
+def sparsity_axis(axes: plt.Axes) -> None:
+    """Sparsity across, with a tick at every eighth."""
+    axes.set_xlabel("sparsity (of attention and MLP parameters)")
+    axes.xaxis.set_major_locator(mpl.ticker.MultipleLocator(0.125))
+    axes.xaxis.set_major_formatter(percent)
+
+
 def log_ticks(axis: mpl.axis.Axis, form: str | Callable = "{x:g}", subs: tuple[float, ...] = (1, 2, 3, 5)) -> None:
     """0.1, 0.2, 0.3, 0.5 … instead of powers of ten."""
     axis.set_major_locator(mpl.ticker.LogLocator(subs=subs))
