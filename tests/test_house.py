@@ -21,12 +21,12 @@ HOUSE = {  # every room, left to right, and its files, top to bottom: each may i
     "evaluation": "sweep perplexity tasks.files tasks.run tasks.scores tasks.probe tasks speed int8 rounding pruning"
     " parameter_share",
     "planning": "knapsack candidates damage search allocate read_out refit_layer refit objectives distil nest",
-    "methods": "calibration registry layer_drop uniform allocated recipe shortgpt uidl replaceme streamline subfit flap modegpt"
+    "methods": "calibration registry layer_drop uniform recipe shortgpt uidl replaceme streamline subfit flap modegpt"
     " svd_llm merging sliding",
     "beyond_language": "images translation pretrain",
     "storage": "tensors card record rebuild save export",
     "reporting": "tables record plots.looks plots.style plots.parameter_share plots.single_block plots.sensitivity"
-    " plots.full_replacement plots.ingredients plots.subfit plots.merging",
+    " plots.full_replacement plots.ingredients plots.comparison plots.subfit plots.merging",
 }
 FILES = [f"{room}.{file}" for room, files in HOUSE.items() for file in files.split()]
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}

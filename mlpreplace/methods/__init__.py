@@ -1,6 +1,5 @@
 """Published methods by name, and ours: each makes a plan from the same calibration."""
 
-from .allocated import allocated
 from .calibration import Calibration
 from .flap import flap
 from .layer_drop import drop

@@ -15,8 +15,7 @@ from ..fitting.ridge import Singular
 from ..models.blocks import Block, NotApplicable
 from ..models.layers import layer_parameters
 from ..models.parameters import block_parameters
-from ..planning.candidates import Candidates, Choice, savings_of
-from ..planning.knapsack import Damages
+from ..planning.candidates import Choice, savings_of
 from ..replacements.splice import Plan
 from ..statistics.groups import only
 from ..statistics.moments import Statistics
@@ -35,8 +34,6 @@ class Calibration:
     effects: Mapping[Block, Tensor] = field(default_factory=dict)  # fisher_effects, of their neurons and heads
     windows: Tensor | None = None  # token ids [windows, seq_len] of the statistics
     validation: Tensor | None = None  # token ids [windows, seq_len] to measure plans on, never held-out ones
-    candidates: Candidates = field(default_factory=dict)  # for an allocation to choose from, by default candidate_families
-    damages: Damages | None = None  # what each candidate costs, by default second_order_damage on the validation windows
     cached: bool = False  # keep on disk what a method takes minutes for, and take it from there
     progress: bool = False  # show how far that is
 

@@ -44,7 +44,6 @@ def recipe(model: nn.Module, calibration: Calibration, sparsity: float, *, strat
     stats = with_effects(stats, calibration.effects)
     priced = {}
     if strategy != "uniform":
-        candidates = calibration.candidates or candidate_families(stats)
-        priced = dict(candidates=candidates, damages=calibration.damages, windows=validation)
+        priced = dict(candidates=candidate_families(stats), windows=validation)
     chosen = choose(model, stats, sparsity, strategy, **priced, **how)
     return refit(model, chosen, windows, stats, validation=validation, **how).plan

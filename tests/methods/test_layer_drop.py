@@ -9,6 +9,7 @@ from layer_blocks import LAYERS, calibrated, deep, streams
 from tiny_models import CAUSAL, HIDDEN, SINGLE, random_windows
 
 from mlpreplace import Linear, LowRank, compare, spliced
+from mlpreplace.methods import METHODS
 from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.layer_drop import RIDGES, drop, least_sets, nearest_ends, runs
 from mlpreplace.methods.shortgpt import shortgpt, shortgpt_spans
@@ -75,6 +76,27 @@ def test_the_validation_windows_choose_layers_and_ridge(method, spans, bypass):
     first = drop(model, known, spans(model, known.stream, 0.5, bypass=bypass)[0], bypass)
     blind = method(model, replace(known, validation=None), 0.5, bypass=bypass)
     assert {b.name for b in blind} == {b.name for b in first}
+
+
+def test_a_ridge_that_the_moments_are_too_poor_for_is_left_out():
+    """Rounding leaves moments of few tokens short of positive definite; the ridges above it are still tried."""
+    model, name = deep("llama"), "shortgpt_linear"
+    known = calibrated(model, (0.5,), [name])
+    for s in known.spans.values():
+        c = s.stream.xx - torch.outer(s.stream.sum_x, s.stream.sum_x) / s.stream.tokens
+        below = torch.linalg.eigvalsh(c)[0] + 1e-5 * c.diagonal().mean()
+        s.stream.xx = s.stream.xx - below * torch.eye(HIDDEN)
+    spans = shortgpt_spans(model, known.stream, 0.5, bypass=Linear())
+    plans = [drop(model, known, chosen, Linear(), ridge=r) for chosen, r in product(spans, RIDGES) if r > 1e-5]
+    divergences = [m.mean_kl for m in compare(model, dict(enumerate(plans)), known.validation).values()]
+    found = compare(model, {0: METHODS[name](model, known, 0.5)}, known.validation)[0].mean_kl
+    assert found == min(divergences)
+    with pytest.raises(ValueError, match="moments are singular"):
+        drop(model, known, spans[0], Linear(), ridge=1e-6)
+    for s in known.spans.values():
+        s.stream.xx = s.stream.xx - 0.5 * s.stream.xx.diagonal().mean() * torch.eye(HIDDEN)
+    with pytest.raises(ValueError, match="moments are singular"):
+        METHODS[name](model, known, 0.5)
 
 
 @pytest.mark.parametrize("target", [0.05, 0.2, 0.3, 0.45, 0.7, 0.9])

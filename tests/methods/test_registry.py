@@ -1,6 +1,5 @@
 """Every method by name: what it removes, that it decodes alike with and without cache, what calibrate captures for it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from decoding import decoded, logits
 from layer_blocks import calibrated, deep
 from tiny_models import DECODERS, MIXTURES, random_windows
 
-from mlpreplace import Linear, LowRank, allocate, capture, find_blocks, load, load_model, refit, save, splice, spliced
+from mlpreplace import Linear, capture, find_blocks, load, load_model, refit, save, splice, spliced
 from mlpreplace.methods.calibration import Calibration
 from mlpreplace.methods.registry import METHODS, calibrate, method, methods_table
 from mlpreplace.models.layers import layer_parameters
@@ -32,7 +31,7 @@ READ = {  # moments of blocks
     "uniform_refit": {"mlp": {"hidden"}},
     **dict.fromkeys(("flap", "flap_refit"), {"mlp": {"hidden"}, "attention": {"hidden"}}),
     **dict.fromkeys(("modegpt", "svd_llm"), {"mlp": {"input", "hidden"}, "attention": {"input", "hidden"}}),
-    **dict.fromkeys(("allocated", "recipe"), {"mlp": {"input", "hidden", "cross"}, "attention": {"input", "hidden"}}),
+    "recipe": {"mlp": {"input", "hidden", "cross"}, "attention": {"input", "hidden"}},
 }
 OURS = {"recipe", "uniform_refit"}  # which read effects
 FUSED, INSIDE = {"replaceme", "replaceme_cosine"}, {"flap", "flap_refit", "modegpt", "svd_llm"}
@@ -235,6 +234,13 @@ def test_layers_and_neurons_are_chosen_by_the_first_windows_that_are_fitted_on(g
     assert found.effects.keys() == effects.keys() and all(torch.equal(found.effects[b], e) for b, e in effects.items())
 
 
+def test_a_method_removes_whole_layers_whole_blocks_or_widths():
+    whole = {name for name, method in METHODS.items() if method.unit == "layers"}
+    assert whole == WHOLE | {"streamline_mlp"}
+    assert {name for name, method in METHODS.items() if method.unit == "blocks"} == {"subfit", "subfit_shared"}
+    assert {METHODS[name].unit for name in OURS | INSIDE} == {"widths"}
+
+
 def test_statistics_that_are_there_are_taken(llama):
     blocks, ids = find_blocks(llama), random_windows(6, 8)
     stats = capture(llama, blocks, ids, validation_windows=2, progress=False)
@@ -245,19 +251,6 @@ def test_statistics_that_are_there_are_taken(llama):
 
 def chosen(plan):
     return {block: replacement.family for block, replacement in plan.items()}
-
-
-def test_the_allocation_measures_where_it_may(prepared):
-    """With validation windows it is the joint strategy, without the exact knapsack."""
-    model, calibration = prepared("llama")
-    choices = dict(candidates={block: [LowRank(2), LowRank(6)] for block in calibration.blocks})
-    calibration = replace(calibration, **choices)
-    unmeasured = replace(calibration, validation=None)
-    exact = allocate(model, calibration.blocks, 0.4, "milp", **choices)
-    joint = allocate(model, calibration.blocks, 0.4, "joint", windows=calibration.validation, **choices)
-    assert chosen(joint) != chosen(exact)
-    assert chosen(METHODS["allocated"](model, unmeasured, 0.4)) == chosen(exact)
-    assert chosen(METHODS["allocated"](model, calibration, 0.4)) == chosen(joint)
 
 
 @pytest.mark.parametrize("memory_budget", [None, 500_000])
@@ -281,13 +274,13 @@ def test_the_recipe_is_its_steps_one_by_one(memory_budget):
 
 def test_errors(llama):
     ids = random_windows(6, 8)
-    with pytest.raises(ValueError, match="Unknown method 'prune'; known are allocated, .*subfit, .*uniform"):
+    with pytest.raises(ValueError, match="Unknown method 'prune'; known are flap, .*subfit, .*uniform"):
         calibrate(llama, ids, [0.3], methods=["prune"], progress=False)
     with pytest.raises(ValueError, match="sparsity=0.99 cannot be reached"):
         calibrate(llama, ids, [0.99], methods=["replaceme"], progress=False)
     with pytest.raises(ValueError, match="No windows to fit and to measure plans on"):
         METHODS["recipe"](llama, Calibration(), 0.3)
-    known = calibrate(llama, ids, [0.3], methods=["allocated"], progress=False)
+    known = calibrate(llama, ids, [0.3], methods=["subfit"], progress=False)
     with pytest.raises(ValueError, match="No effects of neurons and heads"):
         METHODS["recipe"](llama, known, 0.3)
     for options in (dict(validation_windows=0), dict(mask=torch.ones_like(ids, dtype=torch.bool))):
@@ -296,7 +289,6 @@ def test_errors(llama):
     with pytest.raises(ValueError, match="No mlp block was captured"):
         METHODS["uniform"](llama, Calibration(), 0.3)
     known = calibrate(llama, ids, [0.3], methods=[name for name in METHODS if name not in SPANNED], progress=False)
-    known.candidates = {b: [] for b in known.blocks}
     for name in METHODS:
         for wrong in (-1, 0, 1):
             with pytest.raises(ValueError, match="0 < sparsity < 1"):

@@ -24,7 +24,7 @@ def test_the_selection_map_shows_attention_above_mlp():
 
 
 def test_speed_has_a_line_a_method():
-    rows = pd.DataFrame({"method": ["subfit", "allocated"], "kv_cache_fraction": [0.7, 0.9]})
+    rows = pd.DataFrame({"method": ["subfit", "recipe"], "kv_cache_fraction": [0.7, 0.9]})
     for i, phase in enumerate(("prefill", "decode")):
         rows[f"{phase}_speedup"] = [1.1 + i, 1.2 + i]
         rows[f"{phase}_low"], rows[f"{phase}_high"], rows[f"{phase}_ideal"] = 1.0, 3.0, [1.25 + i, 1.3 + i]
@@ -32,11 +32,11 @@ def test_speed_has_a_line_a_method():
     assert {(1.1, 1), (1.2, 0), (1.25, 1), (1.3, 0)} <= points(prefill)
     assert {(2.1, 1), (2.2, 0), (2.25, 1), (2.3, 0)} <= points(decode)
     assert {(0.7, 1), (0.9, 0)} <= points(cache)
-    assert labels(prefill.get_yticklabels()) == ["subfit", "allocated"]
+    assert labels(prefill.get_yticklabels()) == ["subfit", "recipe"]
 
 
 def test_tasks_have_a_line_a_method_and_healed_ones_are_hollow():
-    methods = ["subfit", "subfit + healing", "allocated"]
+    methods = ["subfit", "subfit + healing", "recipe"]
     kept = {"average": [0.3, 0.5, 0.7], "bundled/piqa": [0.2, 0.4, 0.6], "bundled/siqa": [np.nan] * 3}
     rows = pd.DataFrame(
         [

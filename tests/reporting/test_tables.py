@@ -1,13 +1,14 @@
 """The common columns say what was removed and what it cost."""
 
+import numpy as np
 import pytest
 from conftest import capture_quietly
 from tiny_models import random_windows
 
 from mlpreplace import NarrowMLP, Training, compare, fit, splice
-from mlpreplace.evaluation.perplexity import Estimate, perplexity_ratio
+from mlpreplace.evaluation.perplexity import Estimate, Measurement, perplexity_ratio
 from mlpreplace.methods.sliding import drop_mlps
-from mlpreplace.reporting.tables import result_rows, score_rows
+from mlpreplace.reporting.tables import matched_rows, result_rows, score_rows
 
 COMMON = {
     "method", "sparsity", "sparsity_achieved", "params_removed_of_total", "domain", "perplexity", "perplexity_ratio",
@@ -55,6 +56,41 @@ def test_there_is_one_dense_model(captured, plans):
     measured = compare(model, plans, random_windows(2), progress=False)
     with pytest.raises(ValueError, match="one empty plan"):
         result_rows(model, {("narrow", 0.2): plans["narrow", 0.2]}, measured, "somewhere")
+
+
+def test_methods_are_set_beside_another_at_the_sparsity_that_they_reached():
+    """At a sparsity that it was measured at by its own losses, between two by the line between them, beyond them not at all."""
+    of_window = np.array([90.0, 110.0, 100.0])
+
+    def losses(*cost):
+        return Measurement(of_window + np.array(cost), np.full(3, 50))
+
+    measured = {
+        ("dense", 0.0): (0.0, losses(0, 0, 0)),
+        ("ours", 0.2): (0.2, losses(2, 4, 3)),
+        ("ours", 0.4): (0.4, losses(10, 20, 15)),
+        ("same", 0.2): (0.2, losses(4, 8, 3)),
+        ("between", 0.2): (0.25, losses(4, 9, 2)),
+        ("less", 0.2): (0.1, losses(1, 2, 1.5)),
+        ("more", 0.4): (0.41, losses(10, 20, 15)),
+    }
+    rows = [
+        {"method": m, "sparsity": s, "sparsity_achieved": reached, "domain": domain}
+        for domain in ("somewhere", "elsewhere")
+        for (m, s), (reached, _) in measured.items()
+    ]
+    labelled = {(*label, d): found for label, (_, found) in measured.items() for d in ("somewhere", "elsewhere")}
+    found = matched_rows(rows, labelled, "ours")
+    assert [{k: r[k] for k in rows[0]} for r in found] == rows
+    of = {r["method"]: r for r in found[: len(measured)] if r["sparsity"] != 0.4 or r["method"] == "more"}
+    expected = {"dense": losses(0, 0, 0), "ours": losses(2, 4, 3), "same": losses(2, 4, 3)}
+    expected |= {"between": losses(4, 8, 6), "less": losses(1, 2, 1.5)}
+    for m, other in expected.items():
+        ratio = perplexity_ratio(labelled[m, 0.0 if m == "dense" else 0.2, "somewhere"], other)
+        got = [of[m][f"matched_{end}"] for end in ("ratio", "low", "high")]
+        assert got == pytest.approx([ratio.value, ratio.low, ratio.high], rel=1e-12)
+    assert of["less"]["matched_low"] == pytest.approx(1) and of["same"]["matched_ratio"] > 1
+    assert [of["more"][f"matched_{end}"] for end in ("ratio", "low", "high")] == [None] * 3
 
 
 def test_rows_of_scores_hold_what_was_to_be_saved_and_what_was(captured):

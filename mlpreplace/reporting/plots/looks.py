@@ -63,8 +63,6 @@ ALLOCATION_LOOKS = {  # notebook 04
 }
 METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.methods
     "uniform_refit": _look(BROWN, "p", "--"),
-    "allocated": _look(PURPLE, "8", "-"),
-    "allocated + refit": _look(VERMILION, "s", "-"),
     "subfit": _look(PINK, "^", "--"),
     "subfit_shared": _look(CLAY, "3", "-"),
     "shortgpt": _look(GREY, "X", ":"),
