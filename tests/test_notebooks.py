@@ -41,7 +41,7 @@ ANY_MODEL = {  # name of a tiny model: its sizes; {notebook: what is left out}; 
             "02_single_block": {EXPERTS, "the choice of neurons (02_selection)"},
             "03_layer_sensitivity": {EXPERTS},
             "04_full_replacement": {EXPERTS, "nested"},
-            "05_subfit": {EXPERTS, "replaceme"},
+            "05_subfit": {EXPERTS, "replaceme", "svd_llm"},
             "06_ff_merging": {EXPERTS, "merging of the language model"},
         },
         {"02_selection"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WIKI, SPEECHES = "bundled/wiki", "bundled/speeches"
+WIKI, SPEECHES, CODE = DOMAINS = "bundled/wiki", "bundled/speeches", "bundled/code"
 NAMES = r"\[\d\d\]\([^)]*\)|\]\([^)]*\)|SmolLM2(-135M)?|8-bit|top-1"  # notebooks, links, names: no results
 
 
@@ -47,29 +47,12 @@ def percent(x: float) -> str:
     return f"{100 * x:.0f} %"
 
 
-def seconds(x: float) -> str:
-    return "< 1 s" if x < 1 else f"{x:.0f} s"
-
-
 def both(name: str, method: str, sparsity: float) -> str:
     ratios = [row(name, method=method, sparsity=sparsity, domain=d)["perplexity_ratio"] for d in (WIKI, SPEECHES)]
     return f"{times(ratios[0])} ({times(ratios[1])})"
 
 
 # The tables: {first cell of the head: (head, {first cell of a line: the cells after it})}; None is a cell of words.
-
-COMPARED = {
-    "joint allocation + refit": "allocated + refit",
-    "joint allocation": "allocated",
-    "one width everywhere": "uniform",
-    "SubFit-style": "subfit",
-    "ShortGPT + linear maps": "shortgpt_linear",
-    "ReplaceMe": "replaceme",
-    "ReplaceMe, cosine": "replaceme_cosine",
-    "LLM-Streamline": "streamline_layer",
-    "UIDL": "uidl",
-    "ShortGPT": "shortgpt",
-}
 
 
 def others(name: str) -> list[str]:
@@ -82,9 +65,18 @@ def pareto() -> dict[str, list]:
 
 def comparison() -> dict[str, list]:
     name = "05_perplexity_vs_sparsity"
-    label = {method: shown for shown, method in COMPARED.items()}
-    fit = {m: row(name, method=m, sparsity=MIDDLE, domain=WIKI)["fit_seconds"] for m in others(name)}
-    return {label.get(m, m): [None, *(both(name, m, s) for s in SPARSITIES), seconds(fit[m])] for m in others(name)}
+
+    def cost(method: str, sparsity: float) -> str:
+        of = [times(row(name, method=method, sparsity=sparsity, domain=d)["perplexity_ratio"]) for d in (WIKI, SPEECHES, CODE)]
+        return f"{of[0]} ({of[1]}, {of[2]})"
+
+    def beside(method: str) -> str:
+        r = row(name, method=method, sparsity=MIDDLE, domain=WIKI)
+        low, high = (times(r[f"matched_{end}"]).removeprefix("×") for end in ("low", "high"))
+        return "–" if method == "recipe" else f"{times(r['matched_ratio'])} [{low}, {high}]"
+
+    of = {r["title"]: r["method"] for r in rows(name, sparsity=MIDDLE, domain=WIKI)}
+    return {title: [None, *(cost(m, s) for s in SPARSITIES), beside(m)] for title, m in of.items()}
 
 
 def merging() -> dict[str, list]:
@@ -112,7 +104,7 @@ def families() -> dict[str, list]:
 SHARES = [share(s) for s in SPARSITIES]
 TABLES = [
     (["method", *SHARES], pareto),
-    (["method", "removes", *SHARES, "fit"], comparison),
+    (["method", "removes", *SHARES, "÷ the recipe"], comparison),
     (["a half of the MLPs saved"], merging),
     (["family", "closed form", "trained"], families),
 ]
@@ -132,7 +124,12 @@ def phrases() -> list[str]:
         for m in ("replaceme", "shortgpt_linear")
     }
     hardest = max(rows("05_redundancy", kind="mlp"), key=lambda r: r["damage"])
-    mended = {m: both("05_healing", f"{m} + healing", MIDDLE) for m in ("subfit", "replaceme", "allocated + refit")}
+    beside = {
+        d: [r for r in rows("05_perplexity_vs_sparsity", domain=d) if r["method"] not in ("dense", "recipe")] for d in DOMAINS
+    }
+    above = {d: sum(r["matched_low"] > 1 for r in of) for d, of in beside.items()}
+    assert above[WIKI] == len(beside[WIKI]) and above[SPEECHES] == len(beside[SPEECHES])
+    below, on_code = sum(r["matched_high"] < 1 for r in beside[CODE]), [r for r in beside[CODE] if r["sparsity"] == MIDDLE]
     vision, bleu = (row("06_merging", method="dense", task=t)["score"] for t in ("vision", "translation, encoder"))
     single = figure("02_error_vs_parameters")["provenance"]["texts"]
     (active,) = {percent(r["active_share_of_block"]) for r in at_a_quarter() if r["family"] == "MixtureOfExperts"}
@@ -147,14 +144,16 @@ def phrases() -> list[str]:
         f"(at {share(MIDDLE)} that is {share(achieved['replaceme'])}, with ShortGPT's linear maps "
         f"{share(achieved['shortgpt_linear'])})",
         f"take in layer {hardest['layer']}, ",
-        f"Healing {healed['healing_steps']} steps at {share(MIDDLE)} ends at {mended['subfit']} from SubFit-style, "
-        f"{mended['replaceme']} from ReplaceMe and {mended['allocated + refit']} from joint allocation + refit",
+        f"{beside[CODE][0]['tokens']:,} held-out tokens each",
+        f"each of the {above[WIKI] + above[SPEECHES]} intervals lies above 1",
+        f"in {above[CODE]} of {len(beside[CODE])} comparisons, and above it in {below}. At {share(MIDDLE)} no method "
+        f"keeps code at less than {times(min(r['perplexity_ratio'] for r in on_code))}",
+        f"with a 95 % interval paired over windows, at {share(MIDDLE)}",
         f"(dense {share(vision)})",
         f"(dense BLEU {bleu:.1f})",
         f"median over {single['heldout']['tokens']:,} held-out Wikipedia tokens",
         f"fitted on {single['calibration']['tokens']:,} tokens",
         f"; {active} of the block's parameters active",
-        f"a plan at {share(MIDDLE)} takes",
         f"each method takes at {share(MIDDLE)}",
     ]
 
