@@ -40,4 +40,5 @@ def comparison(rows: pd.DataFrame, reference: str) -> plt.Figure:
     for axes, last, domain in zip(grid[0], grid[-1], domains, strict=False):
         axes.set_title(domain)
         sparsity_axis(last)
+        last.set_xlabel("sparsity")  # more would not fit below a panel
     return figure
