@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from drawing import DOMAINS, closed, labels, measured, pairs, points, titles  # noqa: F401
 
-from mlpreplace.reporting.plots import healing_curves, kept_by_layer, pareto, quantization, speed
+from mlpreplace.reporting.plots import healing_curves, kept_by_layer, megabytes, pareto, quantization, speed
 from mlpreplace.reporting.plots.full_replacement import CEILING
 from mlpreplace.reporting.plots.looks import ALLOCATION_LOOKS
 
@@ -86,3 +86,21 @@ def test_healing_is_drawn_from_its_start_on_and_what_is_kept_has_a_ring():
     assert points(axes) == pairs(rows["tokens"], rows["kl"])
     rings = [tuple(np.ravel(line.get_data())) for line in axes.lines if line.get_fillstyle() == "none"]
     assert rings == [(8, 0.1), (0, 0.4)]
+
+
+def test_nothing_is_smaller_and_better_than_the_steps():
+    found = {"int8": [(130, 1.02, 0.0), (100, 1.4, 0.25)], "as loaded": [(500, 1.0, 0.0), (400, 1.3, 0.25)]}
+    rows = pd.DataFrame(
+        [
+            {"form": form, "megabytes": mb, "perplexity_ratio": ratio, "sparsity": s, "domain": domain}
+            for domain in DOMAINS
+            for form, points_of in found.items()
+            for mb, ratio, s in points_of
+        ]
+    )
+    rows["ci_low"], rows["ci_high"] = 0.9 * rows["perplexity_ratio"], 1.1 * rows["perplexity_ratio"]
+    for axes in megabytes(rows).axes:
+        steps = axes.lines[0]
+        assert pairs(*steps.get_data(orig=True)) == {(100, 1.4), (130, 1.02), (500, 1.0)}
+        assert {(400, 1.3)} < points(axes)
+        assert [t.get_text() for t in axes.texts] == ["25 %"] * 2

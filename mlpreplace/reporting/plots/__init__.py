@@ -1,7 +1,7 @@
 """Rows to figures, one file a notebook; a figure is saved as pdf and png together with the json of its rows and their record."""
 
 from .comparison import comparison
-from .full_replacement import healing_curves, kept_by_layer, pareto, quantization, speed, tasks
+from .full_replacement import healing_curves, kept_by_layer, megabytes, pareto, quantization, speed, tasks
 from .ingredients import ablation, calibration_texts, ingredients
 from .looks import FAMILY_LOOKS, MERGING_LOOKS, METHOD_LOOKS
 from .merging import merging, similarity_maps, start_of_window

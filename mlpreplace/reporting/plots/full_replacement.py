@@ -145,6 +145,38 @@ def _draw_parallelogram(axes: plt.Axes, rows: pd.DataFrame, columns: tuple[str, 
     log_ticks(axes.yaxis, form, subs=(1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6))
 
 
+def megabytes(rows: pd.DataFrame) -> plt.Figure:
+    """Perplexity ratio with its interval against megabytes, a panel a domain, a line a form of the weights.
+
+    A line begins at the dense model, a star, and goes on to ever fewer parameters. No model is smaller and better than those on
+    the grey steps. Ratios above ×10 are not drawn.
+
+    Args:
+        rows: form, sparsity, domain, megabytes, perplexity_ratio, ci_low, ci_high.
+    """
+    figure, drawn = panels(parts_by(rows, "domain"), (6.8, 3.8), sharey=True)
+    columns = "form", "megabytes", "perplexity_ratio", "ci_low", "ci_high"
+    looks = dict(zip(rows["form"].unique(), SERIES_LOOKS, strict=False))
+    for axes, domain, part in drawn:
+        best = part.sort_values("megabytes")
+        best = best[best["perplexity_ratio"] < best["perplexity_ratio"].shift().cummin().fillna(np.inf)]
+        axes.step(best["megabytes"], best["perplexity_ratio"], where="post", color="0.8", linewidth=4, zorder=0)
+        draw_lines(axes, part, columns, looks)
+        for _, row in part.iterrows():
+            at = row["megabytes"], row["perplexity_ratio"]
+            if row["sparsity"] == 0:
+                axes.plot(*at, marker="*", color=INK, markersize=9, zorder=4)
+            elif at[1] <= CEILING:
+                note(axes, percent(row["sparsity"]), at, (5, 2), fontsize=6, color=looks[row["form"]]["color"])
+        axes.set(xscale="log", yscale="log", xlabel="megabytes", title=domain)
+        log_ticks(axes.xaxis, subs=(1, 1.5, 2, 3, 4, 5, 6, 8))
+        log_ticks(axes.yaxis, "×{x:g}", (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
+        axes.set_ylim(0.95, min(1.08 * rows["ci_high"].max(), CEILING))
+    drawn[0][0].set_ylabel("perplexity ÷ dense perplexity")
+    legend_above(figure, 6)
+    return figure
+
+
 def _label(axes: plt.Axes, text: str, point: tuple[float, float], offset: tuple[int, int], color: str) -> None:
     """A note on a white ground, under which lines and bars pass."""
     ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
