@@ -132,7 +132,9 @@ def _attribute(where: str, value):
         return {key: _attribute(where, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_attribute(where, item) for item in value]
-    return value.to_dict() if hasattr(value, "to_dict") else value  # a configuration
+    if hasattr(value, "to_dict"):  # a configuration
+        return {key: item for key, item in value.to_dict().items() if key != "_name_or_path"}  # where it was read from
+    return value
 
 
 def _is_named(function: Callable) -> bool:

@@ -1,6 +1,7 @@
 """A fingerprint tells apart what differs and nothing else."""
 
 import importlib
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import capture_quietly
 from tiny_models import build, random_windows
+from transformers import AutoModelForCausalLM
 
 from mlpreplace import LowRank, Mean, NarrowMLP, find_blocks, fit, splice
 from mlpreplace.runtime.fingerprint import code_hash, fingerprint
@@ -91,6 +93,15 @@ def test_a_model_is_its_weights_and_configuration(name):
         parameter.data.view(-1)[-1] -= 1
     model.config.layer_norm_epsilon = model.config.rms_norm_eps = 0.1
     assert fingerprint(model) != before
+
+
+def test_where_a_model_lies_is_not_what_it_is(tmp_path):
+    """Another checkout, or a folder that was moved, finds what was computed before."""
+    build("llama").save_pretrained(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    here, there = (AutoModelForCausalLM.from_pretrained(tmp_path / place) for place in ("here", "there"))
+    assert here.config.name_or_path != there.config.name_or_path
+    assert fingerprint(here) == fingerprint(there)
 
 
 def test_a_model_with_a_scalar_buffer_has_a_fingerprint():
