@@ -79,6 +79,15 @@ def comparison() -> dict[str, list]:
     return {title: [None, *(cost(m, s) for s in SPARSITIES), beside(m)] for title, m in of.items()}
 
 
+def megabytes() -> dict[str, list]:
+    def cell(form: str, sparsity: float) -> str:
+        wiki, speeches = (row("04_megabytes", form=form, sparsity=sparsity, domain=d) for d in (WIKI, SPEECHES))
+        return f"{wiki['megabytes']:.0f} MB, {times(wiki['perplexity_ratio'])} ({times(speeches['perplexity_ratio'])})"
+
+    forms = dict.fromkeys(r["form"] for r in rows("04_megabytes") if r["megabytes"])
+    return {form: [cell(form, s) for s in (0.0, *SPARSITIES)] for form in forms}
+
+
 def merging() -> dict[str, list]:
     def shown(method: str, task: str, tuned: bool) -> str:
         r = row("06_merging", method=method, task=task, tuned=tuned, saved=0.5)
@@ -104,6 +113,7 @@ def families() -> dict[str, list]:
 SHARES = [share(s) for s in SPARSITIES]
 TABLES = [
     (["method", *SHARES], pareto),
+    (["weights", "dense", *SHARES], megabytes),
     (["method", "removes", *SHARES, "÷ the recipe"], comparison),
     (["a half of the MLPs saved"], merging),
     (["family", "closed form", "trained"], families),

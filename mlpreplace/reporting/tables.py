@@ -116,8 +116,7 @@ def matched_rows(
     """``rows`` with perplexity ÷ that of ``method`` at the sparsity which the plan of the row reached, on the same windows.
 
     Methods that remove whole layers reach another sparsity than they were asked for. So the log-perplexity of ``method`` is
-    interpolated between the two of its plans that remove a little less and a little more, window by window. It grows faster
-    the more is removed, so the interpolated one is no lower than the true one.
+    interpolated between the two of its plans that remove a little less and a little more, linearly and window by window.
 
     Args:
         rows: those of :func:`result_rows`, of all domains, the dense model included.
