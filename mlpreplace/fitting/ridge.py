@@ -14,7 +14,7 @@ from ..statistics.moments import BlockStatistics
 RIDGE = 1e-2  # λ of fits to a block's output, relative to the mean of the Gram matrix's diagonal
 LARGE = 1024  # rows of a matrix of which only some eigenvectors are computed
 FLOOR = 1e-3  # errors of a nested level below a thousandth of the largest count as equal
-WHITENING_RIDGE = 1e-9  # keeps a moment of fewer tokens than dimensions positive definite
+WHITENING_RIDGES = (1e-9, 1e-6, 1e-3)  # the first that keeps a moment positive definite, of few tokens and summed in float32
 STREAM_RIDGE = 1e-4  # of maps of the residual stream, whose massive activations raise that mean
 
 
@@ -91,10 +91,20 @@ def whitened(block: Block, weight: Tensor, c: Tensor, rank: int) -> tuple[Tensor
     if len(weight) <= len(c):
         up = leading_eigenvectors(weight @ c @ weight.T, rank)  # [out, rank]
         return up.T @ weight, up
-    lower = factor(block, add_ridge(block, c.clone(), WHITENING_RIDGE))
+    lower = _whitening(block, c)
     half = weight @ lower
     down = leading_eigenvectors(half.T @ half, rank)  # [in, rank]
     return torch.linalg.solve_triangular(lower.T, down, upper=True).T, half @ down
+
+
+def _whitening(block: Block, c: Tensor) -> Tensor:
+    """The lower Cholesky factor of C with the least ridge that it takes."""
+    for ridge in WHITENING_RIDGES[:-1]:
+        try:
+            return factor(block, add_ridge(block, c.clone(), ridge))
+        except Singular:
+            continue
+    return factor(block, add_ridge(block, c.clone(), WHITENING_RIDGES[-1]))
 
 
 def leading_eigenvectors(c: Tensor, rank: int) -> Tensor:
