@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import scipy.linalg
 import torch
@@ -99,12 +100,11 @@ def whitened(block: Block, weight: Tensor, c: Tensor, rank: int) -> tuple[Tensor
 
 def _whitening(block: Block, c: Tensor) -> Tensor:
     """The lower Cholesky factor of C with the least ridge that it takes."""
-    for ridge in WHITENING_RIDGES[:-1]:
-        try:
+    *lower, largest = WHITENING_RIDGES
+    for ridge in lower:
+        with suppress(Singular):
             return factor(block, add_ridge(block, c.clone(), ridge))
-        except Singular:
-            continue
-    return factor(block, add_ridge(block, c.clone(), WHITENING_RIDGES[-1]))
+    return factor(block, add_ridge(block, c.clone(), largest))
 
 
 def leading_eigenvectors(c: Tensor, rank: int) -> Tensor:
