@@ -1,16 +1,19 @@
 """Pairs of sentences, a small translation model, and BLEU of plans.
 
-"numbers" is the numbers below a million in English and in German words. German puts units before tens and has two forms of one
-("ein", "eins"), so that a translator has to change order and form. Compounds are written apart, "drei und zwanzig tausend".
+"numbers" is the numbers below a million in English words, after the name of one of eight languages, and in the words of that
+language. A translator has to look up words, to change their order and to inflect them: forms depend on gender and case in the
+Slavic and Baltic languages, and French counts in twenties. Words come from num2words.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 
 import datasets
 import numpy as np
 import torch
+from num2words import num2words
 from sacrebleu.metrics import BLEU
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,50 +36,24 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 LONGEST = 128  # tokens of a sentence of the hub
 PADDED = dict(padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
 SENTENCES = 64  # translated side by side
-TEENS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-         "seventeen eighteen nineteen").split()  # fmt: skip
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-TEENS_DE = ("null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn "
-            "siebzehn achtzehn neunzehn").split()  # fmt: skip
-TENS_DE = "zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
+LANGUAGES = {  # that set words apart, so that a word is a token: name in a source sentence, code of num2words
+    **{"french": "fr", "spanish": "es", "portuguese": "pt", "russian": "ru"},
+    **{"ukrainian": "uk", "polish": "pl", "lithuanian": "lt", "latvian": "lv"},
+}
 
 
-def english(n: int) -> str:
-    """ "three hundred and forty two thousand and five": ``n`` below a million."""
-    if n < 20:
-        return TEENS[n]
-    if n < 100:
-        return TENS[n // 10 - 2] + (f" {TEENS[n % 10]}" if n % 10 else "")
-    unit, word = (100, "hundred") if n < 1000 else (1000, "thousand")
-    rest = n % unit
-    joined = f" and {english(rest)}" if 0 < rest < 100 else f" {english(rest)}" if rest else ""
-    return f"{english(n // unit)} {word}{joined}"
-
-
-def german(n: int) -> str:
-    """ "drei hundert zwei und vierzig tausend fünf": ``n`` below a million."""
-    if n < 20:
-        return TEENS_DE[n]
-    if n < 100:
-        return (f"{_before(n % 10)} und " if n % 10 else "") + TENS_DE[n // 10 - 2]
-    unit, word = (100, "hundert") if n < 1000 else (1000, "tausend")
-    rest = n % unit
-    return f"{_before(n // unit)} {word}" + (f" {german(rest)}" if rest else "")
-
-
-def _before(n: int) -> str:
-    """German for a number in front of another word, where one is "ein"; at the end it is "eins"."""
-    text = german(n)
-    return text.removesuffix("s") if n % 100 == 1 else text
+def in_words(n: int, language: str = "english") -> str:
+    """A number below a million in words, without commas and hyphens: "three hundred and forty two"."""
+    return " ".join(re.findall(r"\w+", num2words(n, lang=LANGUAGES.get(language, "en"))))
 
 
 def load_pairs(name: str, split: str, n: int) -> list[Pair]:
     """``n`` pairs of sentences.
 
     Args:
-        name: "numbers"; or "owner/name:source-target", a hub data set with a column "translation" that holds both languages.
-            "Helsinki-NLP/opus-100:en-zh/zh-en" names the configuration and the direction, where they differ.
+        name: "numbers", each in one language; or "owner/name:source-target", a hub data set with a column "translation" that
+            holds both languages. "Helsinki-NLP/opus-100:en-zh/zh-en" names the configuration and the direction, where they
+            differ.
         split: "train", "validation" or "test".
 
     Raises:
@@ -85,11 +62,13 @@ def load_pairs(name: str, split: str, n: int) -> list[Pair]:
     if split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}; expected one of {', '.join(SPLITS)}.")
     if name == "numbers":
-        numbers = np.random.default_rng(0).permutation(NUMBERS)
+        draw = np.random.default_rng(0)
+        numbers, languages = draw.permutation(NUMBERS), draw.choice(list(LANGUAGES), NUMBERS)
         parts = dict(zip(SPLITS, (numbers[2 * HELD :], numbers[:HELD], numbers[HELD : 2 * HELD]), strict=True))
         if n > len(parts[split]):
             raise ValueError(f"Split {split!r} holds {len(parts[split]):,} numbers, asked for {n:,}.")
-        return [(english(i), german(i)) for i in parts[split][:n].tolist()]
+        said = ((i, str(languages[i])) for i in parts[split][:n].tolist())
+        return [(f"{language} {in_words(i)}", in_words(i, language)) for i, language in said]
     path, _, config = name.partition(":")
     config, _, direction = config.partition("/")
     source, _, target = (direction or config).partition("-")
@@ -100,8 +79,10 @@ def load_pairs(name: str, split: str, n: int) -> list[Pair]:
 
 
 def number_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for each word of both languages."""
-    words = [*TEENS, *TENS, "hundred", "thousand", "and", *TEENS_DE, *TENS_DE, "ein", "hundert", "tausend", "und"]
+    """A tokenizer with one token for each word of all languages of "numbers"."""
+    apart = [*range(1000), *range(1000, NUMBERS, 1000)]  # a number is one or two of these
+    said = (in_words(n, language) for language in ("english", *LANGUAGES) for n in apart)
+    words = [*LANGUAGES, *dict.fromkeys(word for text in said for word in text.split())]
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -118,7 +99,7 @@ def encoded(pairs: Sequence[Pair], tokenizer) -> dict[str, Tensor]:
     return {"input_ids": read["input_ids"], "attention_mask": read["attention_mask"], "labels": labels}
 
 
-def small_marian(tokenizer, layers: int = 6, hidden: int = 64, *, seed: int = 0) -> MarianMTModel:
+def small_marian(tokenizer, layers: int = 6, hidden: int = 24, *, seed: int = 0) -> MarianMTModel:
     """A Marian translation model with random weights, with ``layers`` in the encoder and as many in the decoder."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     config = MarianConfig(

@@ -107,13 +107,14 @@ def rivals(
 
     Args:
         blocks: MLP blocks of one stack, in order of depth; ``units`` to match them by, ``stats`` to narrow them by.
-        whole_layers: whether as many parameters are dropped with whole layers; False for k − 1 MLPs, and where layers cannot
-            be removed (an encoder-decoder).
+        whole_layers: whether as many parameters are dropped with whole layers, too; False where layers cannot be removed (an
+            encoder-decoder).
         score, every, cached: as :func:`slide` and :func:`~mlpreplace.methods.merge_mlps` take them.
 
     Returns:
-        Plans, of the best start each: "merged", "unpermuted" (averaged as they stand), "dropped", and "replaced" (every block
-        narrowed to one width). And the records of all starts, with a method.
+        Plans, of the best start each: "merged", "unpermuted" (averaged as they stand), "deleted" (k − 1 MLPs with nothing in
+        their place), "dropped" (whole layers), and "replaced" (every block narrowed to one width). And the records of all
+        starts, with a method.
 
     Raises:
         ValueError: what :func:`slide` raises; statistics or units of other blocks.
@@ -128,9 +129,8 @@ def rivals(
 
     best("merged", blocks, k, partial(merge_mlps, units=units, cached=cached))
     best("unpermuted", blocks, k, merge_mlps)
+    best("deleted", blocks, k - 1, drop_mlps)
     if whole_layers:
         best("dropped", find_layers(model), layers_worth(model, plans["merged"]), partial(drop_layers, model))
-    else:
-        best("dropped", blocks, k - 1, drop_mlps)
     plans["replaced"] = allocate(model, only(stats, blocks), sparsity_of(model, plans["merged"]), "uniform")
     return plans, records

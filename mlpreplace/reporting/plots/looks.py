@@ -81,6 +81,7 @@ METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.me
 MERGING_LOOKS = {  # notebook 06
     "merged": FAMILY_LOOKS["Merged"],
     "unpermuted": _look(ORANGE, "D", "-."),
+    "deleted": _look(GREY, "X", ":"),
     "dropped": FAMILY_LOOKS["Removed"],
     "replaced": FAMILY_LOOKS["NarrowMLP"] | {"linestyle": "--"},
 }
