@@ -25,8 +25,8 @@ HOUSE = {  # every room, left to right, and its files, top to bottom: each may i
     " svd_llm merging sliding",
     "beyond_language": "images translation pretrain",
     "storage": "tensors card record rebuild save export",
-    "reporting": "tables record plots.looks plots.style plots.parameter_share plots.single_block plots.sensitivity"
-    " plots.full_replacement plots.ingredients plots.comparison plots.subfit plots.merging",
+    "reporting": "tables correlations record plots.looks plots.style plots.parameter_share plots.single_block plots.sensitivity"
+    " plots.full_replacement plots.ingredients plots.comparison plots.subfit plots.merging notebook",
 }
 FILES = [f"{room}.{file}" for room, files in HOUSE.items() for file in files.split()]
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
