@@ -51,8 +51,8 @@ def show(figure: plt.Figure, name: str, claim: str, rows: pd.DataFrame, run: Run
 def conclusions(statements: Mapping[str, Callable[[], bool]]) -> Text:
     """A list of statements about the rows above, each with the condition that makes it true.
 
-    What was written about one model need not hold for another. A statement whose condition is false here is crossed out, one whose
-    rows were not measured here is marked.
+    What was written about one model need not hold for another. A statement whose condition is false here is crossed out, and one
+    whose rows were not measured here is marked.
     """
     return Text("\n".join(f"- {_checked(statement, holds)}" for statement, holds in statements.items()))
 

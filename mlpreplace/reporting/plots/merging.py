@@ -64,6 +64,23 @@ def _methods(rows: pd.DataFrame) -> dict[str, plt.Line2D]:
     return {name: plt.Line2D([], [], **look) for name, look in MERGING_LOOKS.items() if name in set(rows["method"])}
 
 
+def matching(rows: pd.DataFrame) -> plt.Figure:
+    """Correlations between the units of two MLPs, with a ring around those that are matched.
+
+    Args:
+        rows: unit, other (of either MLP), correlation, matched (bool).
+    """
+    figure, axes = plt.subplots(figsize=(3.2, 2.6))
+    table = rows.pivot(index="unit", columns="other", values="correlation")
+    sns.heatmap(table, ax=axes, cmap="PuOr_r", vmin=-1, vmax=1, annot=True, fmt=".2f", square=True, cbar=False)
+    pairs = rows[rows["matched"]]
+    ring = dict(s=700, facecolors="none", edgecolors=INK, linewidths=1.5)
+    axes.scatter(pairs["other"] + 0.5, pairs["unit"] + 0.5, **ring)
+    axes.set(xlabel="unit of the other MLP", ylabel="unit of the one", title="correlation on the same tokens")
+    axes.tick_params(length=0)
+    return figure
+
+
 def similarity_maps(rows: pd.DataFrame) -> plt.Figure:
     """Linear CKA between the hidden units of every two layers, a panel a stack of layers.
 
