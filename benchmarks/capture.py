@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mlpreplace import capture, find_blocks, load_model, load_windows
 from mlpreplace.evaluation.speed import interleaved
-from mlpreplace.reporting.record import peak_memory_mb
+from mlpreplace.runtime.usage import peak_memory_mb
 
 BATCH = 4  # windows, as capture takes them on a CPU
 

@@ -11,7 +11,7 @@ import mlpreplace
 
 PACKAGE = Path(mlpreplace.__file__).parent
 HOUSE = {  # every room, left to right, and its files, top to bottom: each may import what stands before it
-    "runtime": "files turns fingerprint cache memory half_products parallel",
+    "runtime": "files turns fingerprint cache memory half_products parallel usage",
     "texts": "assets corpora windows glue",
     "models": "stack guess architectures weights blocks parameters attention layers inputs forward walk generation checkpoints"
     " gguf loading",
@@ -24,7 +24,7 @@ HOUSE = {  # every room, left to right, and its files, top to bottom: each may i
     "methods": "calibration registry layer_drop uniform recipe shortgpt uidl replaceme streamline subfit flap modegpt"
     " svd_llm merging sliding",
     "beyond_language": "images translation pretrain",
-    "storage": "tensors card record rebuild save export",
+    "storage": "tensors card record rebuild save export serving",
     "reporting": "tables correlations record plots.looks plots.style plots.parameter_share plots.single_block plots.sensitivity"
     " plots.full_replacement plots.ingredients plots.comparison plots.subfit plots.merging notebook",
 }

@@ -7,9 +7,7 @@ import hashlib
 import json
 import platform
 import random
-import resource
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from ..models.blocks import NotApplicable, find_blocks
 from ..models.loading import weight_hashes
 from ..runtime.files import ROOT
 from ..runtime.fingerprint import fingerprint
+from ..runtime.usage import peak_memory_mb
 from ..texts.windows import Text, text_name
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "matplotlib", "papermill")
@@ -79,12 +78,6 @@ def _version(package: str) -> str | None:
 def _instructions() -> str:
     """What times depend on beside the number of threads: the widest vectors that PyTorch's kernels use, and int8 products."""
     return torch.backends.cpu.get_cpu_capability() + (" VNNI" if torch.cpu._is_vnni_supported() else "")
-
-
-def peak_memory_mb() -> float:
-    """Largest resident set size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux kilobytes
 
 
 def _git(*arguments: str) -> str | None:

@@ -2,3 +2,4 @@
 
 from .export import export
 from .save import load, save
+from .serving import ServingCost, serving_cost

@@ -27,13 +27,15 @@ def model_card(record: Mapping) -> str:
     if record["model"].endswith("ForCausalLM") or record["model"].endswith("LMHeadModel"):
         front |= {"pipeline_tag": "text-generation"}
     lines = ["---", *(f"{key}: {value}" for key, value in front.items()), "tags:", "- mlpreplace", "- compression", "---", ""]
-    lines += [f"# {name}, {len(record['replacements'])} blocks replaced", ""]
-    lines += [
-        f"{record['sparsity']:.1%} of all attention and MLP parameters are gone, {parameters['dense']:,} parameters became "
-        f"{parameters['compressed']:,} ({record['dtype']}).",
-        "",
-        *_table(("replacement", "blocks"), _by_family(record["replacements"]).items()),
-    ]
+    replaced = record["replacements"]
+    lines += [f"# {name}, {len(replaced)} blocks replaced" if replaced else f"# {name} in int8", ""]
+    if replaced:
+        lines += [
+            f"{record['sparsity']:.1%} of all attention and MLP parameters are gone, {parameters['dense']:,} parameters became "
+            f"{parameters['compressed']:,} ({record['dtype']}).",
+            "",
+            *_table(("replacement", "blocks"), _by_family(replaced).items()),
+        ]
     if record["int8"]:
         lines += [f"{len(record['int8'])} linear layers compute in int8.", ""]
     if record["metrics"]:

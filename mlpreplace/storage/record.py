@@ -63,11 +63,11 @@ def check_bare(model: nn.Module) -> None:
 def describe(model: nn.Module, form: str, metrics: Mapping[str, object] | None) -> dict:
     """The content of replacements.json.
 
-    Raises ValueError where nothing was replaced, and for a model that is wrapped or none of transformers.
+    Raises ValueError where nothing was replaced nor put in int8, and for a model that is wrapped or none of transformers.
     """
     check_bare(model)
-    found = replacements_of(model)
-    if not found:
+    found, int8 = replacements_of(model), [path for path, module in model.named_modules() if isinstance(module, Int8Linear)]
+    if not found and not int8:
         raise ValueError("No replacement was spliced into this model; there is nothing to save.")
     source = getattr(model, "source", None)
     dense = empty_model(type(model), model.config, meta=True)
@@ -87,7 +87,7 @@ def describe(model: nn.Module, form: str, metrics: Mapping[str, object] | None) 
             name: {**r.family.as_dict(), "report": asdict(r.report) if r.report else None, "body": owners[r.body]}
             for name, r in found.items()
         },
-        "int8": [path for path, module in model.named_modules() if isinstance(module, Int8Linear)],
+        "int8": int8,
     }
 
 

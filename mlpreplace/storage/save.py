@@ -47,7 +47,7 @@ def save(
     metrics: Mapping[str, object] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """Write a spliced model into a new folder, for :func:`load`. Shared weights are stored once.
+    """Write a spliced model, or one in int8, into a new folder, for :func:`load`. Shared weights are stored once.
 
     What a model computes from its configuration is stored as it is before the first forward pass: frequencies of dynamic RoPE,
     which follow the length of the last input, are those for short ones.

@@ -192,6 +192,16 @@ def test_a_cast_model_stands_alone(compressed, tmp_path, windows):
     assert torch.equal(logits(again, windows), logits(cast, windows))
 
 
+def test_a_model_in_int8_alone_is_saved(model, tmp_path, windows):
+    """Nothing needs to be replaced for that; the base has other weights, so all are written."""
+    small = quantized(model)
+    with pytest.raises(ValueError, match="quantized since"):
+        save(small, tmp_path / "delta")
+    folder = save(small, tmp_path / "out", standalone=True)
+    assert torch.equal(load(folder, device="cpu")(windows).logits, small(windows).logits)
+    assert next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("# ")).endswith("in int8")
+
+
 def test_quantized_models_stand_alone(compressed, tmp_path, windows):
     small = quantized(compressed)
     with pytest.raises(ValueError, match="quantized since"):
