@@ -16,7 +16,7 @@ PLAIN = re.compile(  # what may hold digits: code, formulas, links, names with a
     re.DOTALL | re.MULTILINE,
 )
 ALWAYS = {0.0, 1.0, 95.0}  # nothing, one, and the level of every interval
-TAUGHT = [path for path in NOTEBOOKS if path not in STUDIES and path.stem[:2] != "04"]
+TAUGHT = [path for path in NOTEBOOKS if path not in STUDIES]
 
 taught = pytest.mark.parametrize("path", TAUGHT, ids=lambda path: path.stem)
 
