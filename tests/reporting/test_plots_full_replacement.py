@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from drawing import DOMAINS, closed, labels, measured, pairs, points, titles  # noqa: F401
 
-from mlpreplace.reporting.plots import healing_curves, kept_by_layer, megabytes, pareto, quantization, speed
+from mlpreplace.reporting.plots import healing_curves, kept_by_layer, megabytes, pareto, quantization, readable, speed
 from mlpreplace.reporting.plots.full_replacement import CEILING
 from mlpreplace.reporting.plots.looks import ALLOCATION_LOOKS
 
@@ -12,7 +12,7 @@ from mlpreplace.reporting.plots.looks import ALLOCATION_LOOKS
 def test_the_frontier_draws_every_method_in_every_domain():
     rows = measured(["dense", *ALLOCATION_LOOKS], (0.125, 0.25))
     figure = pareto(rows)
-    assert titles(figure) == list(DOMAINS)
+    assert titles(figure) == [readable(domain) for domain in DOMAINS]
     for panel, domain in zip(figure.axes, DOMAINS, strict=True):
         part = rows[(rows["domain"] == domain) & (rows["method"] != "dense")]
         assert pairs(part["sparsity"], part["perplexity_ratio"]) <= points(panel)
@@ -23,7 +23,7 @@ def test_what_leaves_the_frontier_is_written_there():
     rows.loc[(rows["method"] == "uidl") & (rows["domain"] == DOMAINS[1]), ["perplexity_ratio", "ci_low", "ci_high"]] = 432.1
     first, second = pareto(rows).axes
     assert not any("above" in t.get_text() for t in first.texts) and first.get_ylim()[1] == CEILING
-    assert [" ".join(t.get_text().split()) for t in second.texts][-1] == "above ×10, at most: uidl ×432"
+    assert [" ".join(t.get_text().split()) for t in second.texts][-1] == "above ×10, at most: UIDL ×432"
 
 
 def test_kept_has_a_panel_a_method():

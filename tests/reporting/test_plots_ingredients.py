@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from drawing import DOMAINS, closed, labels, measured, points, titles  # noqa: F401
 
-from mlpreplace.reporting.plots import ablation, calibration_texts, ingredients
+from mlpreplace.reporting.plots import ablation, calibration_texts, ingredients, readable
 
 
 def test_calibration_texts_have_a_line_each():
@@ -19,7 +19,7 @@ def test_calibration_texts_have_a_line_each():
 def test_recipes_are_named_with_what_they_add():
     rows = measured(["uniform", "recipe"]).assign(note=lambda r: r["method"].map({"uniform": "", "recipe": "from greedy"}))
     axes = ablation(rows).axes[0]
-    assert labels(axes.get_yticklabels()) == ["uniform", "recipe: from greedy"]
+    assert labels(axes.get_yticklabels()) == ["one width everywhere", "recipe: from greedy"]
     assert {f"{r:.2f}" for r in rows["perplexity_ratio"]} == {t.get_text() for t in axes.texts}
 
 
@@ -37,6 +37,6 @@ def test_ingredients_stand_in_lists_with_every_draw_and_their_mean():
     figure = ingredients(rows)
     assert titles(figure) == ["added", "taken away"]
     for axes, (_, part) in zip(figure.axes, rows.groupby("panel"), strict=True):
-        assert labels(axes.get_yticklabels()) == list(part["method"].unique())
+        assert labels(axes.get_yticklabels()) == [readable(method) for method in part["method"].unique()]
         assert {round(x, 6) for x, _ in points(axes)} >= set(part["perplexity_ratio"].round(6))
         assert {t.get_text() for t in axes.texts} == {f"{r:.3f}" for r in part[part["draw"].isna()]["perplexity_ratio"]}

@@ -106,12 +106,12 @@ def test_selections_have_a_line_a_rule_and_below_what_a_rule_costs_the_model_in_
         kl = (rows["median"] * factor).where(rows["share_of_block"] == SIZES[1])
         rows = rows.assign(**{name: kl, f"{name}_low": kl / 2, f"{name}_high": 2 * kl})
     figure = selections(rows)
-    assert titles(figure) == TITLES and legend(figure) == ["obs", "random", "hollow: another domain"]
+    assert titles(figure) == TITLES and legend(figure) == ["OBS", "random", "hollow: another domain"]
     for above, below, layer in zip(figure.axes[:2], figure.axes[2:], (2, 9), strict=True):
         assert points(above) == pairs(of(rows, layer)["share_of_block"], of(rows, layer)["median"])
         of_model = of(rows, layer).dropna(subset="kl")
         assert points(below) >= pairs(of_model["kl"], [0, 1]) | pairs(of_model["kl_other"], [0, 1])
-    assert labels(figure.axes[2].get_yticklabels()) == ["obs", "random"]
+    assert labels(figure.axes[2].get_yticklabels()) == ["OBS", "random"]
 
 
 @pytest.mark.parametrize("fitted_on", [("wiki", "both"), ("a", "b", "c", "d")], ids=len)

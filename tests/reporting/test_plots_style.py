@@ -105,12 +105,12 @@ def test_the_line_below_a_figure_says_where_windows_begin_with_bos():
     def below(**texts) -> str:
         return style._measured_on(FakeRun(model={"id": "a model"}, texts=texts))
 
-    without = "a model  ·  bundled/wiki: heldout 4 × 8 tokens"
+    without = "a model  ·  Wikipedia: heldout 4 × 8 tokens"
     assert below(heldout=held) == below(heldout=held | {"bos": None}) == without  # records of before do not tell
     assert below(heldout=held | {"bos": 0}) == f"{without}, the first BOS"
     mixed = below(heldout=held | {"bos": 1}, own=held | {"bos": None}, validation=held | {"bos": 1})
     first, second = "heldout 4, validation 4 × 8 tokens, the first BOS", "own 4 × 8 tokens"
-    assert mixed == f"a model  ·  bundled/wiki: {first}  ·  bundled/wiki: {second}"
+    assert mixed == f"a model  ·  Wikipedia: {first}  ·  Wikipedia: {second}"
 
 
 def test_a_relative_folder_is_under_the_root(tmp_path, rows, monkeypatch):

@@ -17,7 +17,7 @@ def test_the_selection_map_shows_attention_above_mlp():
         ]
     )
     figure = selection_map(rows)
-    assert titles(figure) == ["subfit", "uidl"]
+    assert titles(figure) == ["SubFit-style", "UIDL"]
     first = figure.axes[0]
     assert labels(first.get_yticklabels()) == ["attention", "MLP"]
     assert first.collections[0].get_array().reshape(2, 3).tolist() == [[0, 0.1, 0.2], [1, 1.1, 1.2]]
@@ -32,7 +32,7 @@ def test_speed_has_a_line_a_method():
     assert {(1.1, 1), (1.2, 0), (1.25, 1), (1.3, 0)} <= points(prefill)
     assert {(2.1, 1), (2.2, 0), (2.25, 1), (2.3, 0)} <= points(decode)
     assert {(0.7, 1), (0.9, 0)} <= points(cache)
-    assert labels(prefill.get_yticklabels()) == ["subfit", "recipe"]
+    assert labels(prefill.get_yticklabels()) == ["SubFit-style", "recipe"]
 
 
 def test_tasks_have_a_line_a_method_and_healed_ones_are_hollow():

@@ -3,7 +3,7 @@
 from .comparison import comparison
 from .full_replacement import healing_curves, kept_by_layer, megabytes, pareto, quantization, speed, tasks
 from .ingredients import ablation, calibration_texts, ingredients
-from .looks import FAMILY_LOOKS, MERGING_LOOKS, METHOD_LOOKS
+from .looks import FAMILY_LOOKS, MERGING_LOOKS, METHOD_LOOKS, readable
 from .merging import matching, merging, similarity_maps, start_of_window
 from .parameter_share import parameter_share
 from .sensitivity import additivity, damage_prediction, sensitivity

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .full_replacement import CEILING
-from .looks import INK, METHOD_LOOKS
+from .looks import INK, METHOD_LOOKS, readable
 from .style import draw_lines, log_ticks, parts_by, sparsity_axis
 
 COLUMNS = "method", "sparsity_achieved", "perplexity_ratio", "ci_low", "ci_high"
@@ -19,7 +19,7 @@ def comparison(rows: pd.DataFrame, reference: str) -> plt.Figure:
     Every panel holds ``reference`` besides, as a broad grey line. Lines leave the panels above ×10.
 
     Args:
-        rows: method, title, unit, sparsity_achieved, domain, perplexity_ratio, ci_low, ci_high; without the dense model.
+        rows: method, unit, sparsity_achieved, domain, perplexity_ratio, ci_low, ci_high; without the dense model.
         reference: the method to compare with.
     """
     known, others = rows[rows["method"] == reference], rows[rows["method"] != reference]
@@ -34,11 +34,10 @@ def comparison(rows: pd.DataFrame, reference: str) -> plt.Figure:
             log_ticks(axes.yaxis, "×{x:g}", (1, 1.5, 2, 3, 5, 7))
         line[0].set_ylabel(f"{unit} removed\nperplexity ÷ dense")
         handles, names = line[0].get_legend_handles_labels()
-        titles = rows.drop_duplicates("method").set_index("method")["title"]
-        line[-1].legend(handles, [titles[name] for name in names], loc="center left", borderaxespad=0)
+        line[-1].legend(handles, names, loc="center left", borderaxespad=0)
         line[-1].set_axis_off()
     for axes, last, domain in zip(grid[0], grid[-1], domains, strict=False):
-        axes.set_title(domain)
+        axes.set_title(readable(domain))
         sparsity_axis(last)
         last.set_xlabel("sparsity")  # more would not fit below a panel
     return figure

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .looks import FAMILY_LOOKS, INK, METHOD_LOOKS, QUANTIZATION_LOOKS, SERIES_LOOKS, Look
+from .looks import FAMILY_LOOKS, INK, METHOD_LOOKS, QUANTIZATION_LOOKS, SERIES_LOOKS, Look, readable
 from .style import (
     AVERAGE,
     WIDEST,
@@ -47,12 +47,12 @@ def pareto(rows: pd.DataFrame) -> plt.Figure:
         axes.plot(0, 1, marker="*", color=INK, markersize=9)
         note(axes, f"dense: {dense['perplexity']:.1f}", (0, 1), (-3, 7), fontsize=7.5, color=INK)
         sparsity_axis(axes)
-        axes.set(yscale="log", title=domain)
+        axes.set(yscale="log", title=readable(domain))
         log_ticks(axes.yaxis, "×{x:g}", (1, 1.5, 2, 3, 5, 7))
         axes.set_ylim(0.85, min(1.08 * rows["ci_high"].max(), CEILING))
         beyond = part[part["perplexity_ratio"] > CEILING].groupby("method")["perplexity_ratio"].max().sort_values()
         if len(beyond):
-            off = f"above ×{CEILING}, at most: " + ", ".join(f"{name} ×{ratio:.0f}" for name, ratio in beyond.items())
+            off = f"above ×{CEILING}, at most: " + ", ".join(f"{readable(name)} ×{ratio:.0f}" for name, ratio in beyond.items())
             axes.text(0.02, 0.98, textwrap.fill(off, 34), transform=axes.transAxes, fontsize=6, color="0.35", va="top")
     drawn[0][0].set_ylabel("perplexity ÷ dense perplexity")
     legend_above(figure, 6, columnspacing=1)
@@ -168,7 +168,7 @@ def megabytes(rows: pd.DataFrame) -> plt.Figure:
                 axes.plot(*at, marker="*", color=INK, markersize=9, zorder=4)
             elif at[1] <= CEILING:
                 note(axes, percent(row["sparsity"]), at, (5, 2), fontsize=6, color=looks[row["form"]]["color"])
-        axes.set(xscale="log", yscale="log", xlabel="megabytes", title=domain)
+        axes.set(xscale="log", yscale="log", xlabel="megabytes", title=readable(domain))
         log_ticks(axes.xaxis, subs=(1, 1.5, 2, 3, 4, 5, 6, 8))
         log_ticks(axes.yaxis, "×{x:g}", (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
         axes.set_ylim(0.95, min(1.08 * rows["ci_high"].max(), CEILING))
@@ -251,8 +251,8 @@ def _draw_task(axes: plt.Axes, rows: pd.DataFrame, name: str, looks: dict[str, L
         line = rows[(rows["method"] == method) & rows["accuracy_retained"].notna()].sort_values("sparsity")
         x = line["sparsity"] + 0.004 * (place - (len(looks) - 1) / 2)  # beside each other
         y, bar = line["accuracy_retained"], line["accuracy_retained_se"]
-        axes.errorbar(x, y, yerr=bar, capsize=2, elinewidth=0.8, markersize=4, label=method, **look)
-    axes.set_title(name.removeprefix("bundled/"))
+        axes.errorbar(x, y, yerr=bar, capsize=2, elinewidth=0.8, markersize=4, label=readable(method), **look)
+    axes.set_title(readable(name))
     small = {"fontsize": 7, "fontweight": "normal", "color": INK}
     axes.set_title(f"dense {dense['accuracy']:.2f} ± {dense['accuracy_se']:.2f}", loc="right", **small)
     note(axes, f"chance {dense['chance']:.2f}", (0, 0), (2, 3), **small)

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .looks import INK, TEXT_LOOKS, Look
+from .looks import INK, TEXT_LOOKS, Look, readable
 from .style import error_bars, legend_above, log_ticks, note, panels, parts_by
 
 COARSE = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 7)  # ticks of a decade
@@ -31,7 +31,7 @@ def calibration_texts(rows: pd.DataFrame) -> plt.Figure:
     tick = {"linestyle": "", "marker": "|", "markersize": 11, "color": "0.1"}
     axes.plot(chosen_by, chosen_by.index.map(places), label="validation windows of prose, mean", **tick)
     log_ticks(axes.xaxis, "×{x:g}", (1, 1.5, 2, 2.5, 3, 4, 5, 7))
-    axes.set_yticks(list(places.values()), list(places))
+    axes.set_yticks(list(places.values()), map(readable, places))
     legend_above(figure, 3)
     return figure
 
@@ -50,7 +50,7 @@ def ablation(rows: pd.DataFrame) -> plt.Figure:
         for method, value in zip(part["method"], part["perplexity_ratio"], strict=True):
             note(axes, f"{value:.2f}", (value, places[method]), side, fontsize=6, ha="center")
     log_ticks(axes.xaxis, "×{x:g}", (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7))
-    axes.set_yticks(list(places.values()), [f"{name}: {notes[name]}" if notes[name] else name for name in places])
+    axes.set_yticks(list(places.values()), [f"{readable(n)}: {notes[n]}" if notes[n] else readable(n) for n in places])
     axes.set_ylim(0.4, len(places) + 0.6)
     axes.tick_params(axis="y", labelsize=7)
     legend_above(figure, 2)
@@ -77,7 +77,7 @@ def ingredients(rows: pd.DataFrame) -> plt.Figure:
         axes.grid(axis="y", linewidth=0.4, color="0.9")
         axes.set_xscale("log")
         log_ticks(axes.xaxis, "×{x:g}", COARSE if part["perplexity_ratio"].max() > WIDE else FINE)
-        axes.set_yticks(list(places.values()), list(places))
+        axes.set_yticks(list(places.values()), map(readable, places))
         axes.set(ylim=(0.4, len(places) + 0.6), title=title)
         axes.tick_params(axis="y", labelsize=7)
     legend_above(figure, 2)
@@ -88,7 +88,7 @@ def _draw_draws(axes: plt.Axes, rows: pd.DataFrame, places: dict[str, float], do
     """The mean of the draws with its interval and its value, and each draw."""
     mean, single = rows[rows["draw"].isna()], rows[rows["draw"].notna()]
     x, y = mean["perplexity_ratio"], mean["method"].map(places)
-    large = look | {"linestyle": "", "label": domain}
+    large = look | {"linestyle": "", "label": readable(domain)}
     error_bars(axes, x, y, mean["ci_low"], mean["ci_high"], across=True, **large)
     small = {"linestyle": "", "marker": "|", "markersize": 9, "color": look["color"]}
     axes.plot(single["perplexity_ratio"], single["method"].map(places), **small)
@@ -106,6 +106,6 @@ def _draw_ratios(axes: plt.Axes, rows: pd.DataFrame, places: dict[str, int]) -> 
     """Perplexity ratios across with their intervals, a mark a domain."""
     for (domain, part), look in zip(parts_by(rows, "domain").items(), cycle(TEXT_LOOKS), strict=False):
         x, y = part["perplexity_ratio"], part["method"].map(places)
-        error_bars(axes, x, y, part["ci_low"], part["ci_high"], across=True, label=domain, **look | {"linestyle": ""})
+        error_bars(axes, x, y, part["ci_low"], part["ci_high"], across=True, label=readable(domain), **look | {"linestyle": ""})
     axes.set(xscale="log", xlabel="perplexity ÷ dense perplexity")
     axes.grid(axis="y", linewidth=0.4, color="0.9")

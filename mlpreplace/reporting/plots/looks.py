@@ -1,9 +1,11 @@
-"""Colours, markers and lines: the one table for all figures and for the site.
+"""Names, colours, markers and lines: the one table for all figures and for the site.
 
 Names that meet in a panel differ in colour, and also in marker or line, so that they differ in greyscale.
 """
 
 from __future__ import annotations
+
+from ...methods.registry import METHODS
 
 Look = dict[str, str]  # keywords of Axes.plot
 
@@ -103,3 +105,33 @@ SERIES_LOOKS = (
     _look(SKY, "P", "-"),
     _look(BLACK, "X", "-."),
 )
+NAMES = {  # of bundled texts and tasks, for people to read
+    "bundled/wiki": "Wikipedia",
+    "bundled/speeches": "speeches",
+    "bundled/code": "Python code",
+    "bundled/passages": "prose",
+    "bundled/dialogue": "dialogue",
+    "bundled/documentation": "documentation",
+    "bundled/mixture": "half Wikipedia, half other prose",
+    "bundled/mnist": "MNIST",
+    "bundled/piqa": "PIQA",
+    "bundled/siqa": "Social IQa",
+    "bundled/csqa": "CommonsenseQA",
+    "bundled/obqa": "OpenBookQA",
+    "bundled/sst2": "SST-2",
+    "bundled/cola": "CoLA",
+    "mlp": "MLP",
+    "fisher": "Fisher",
+    "fisher_energy": "Fisher × energy",
+    "obs": "OBS",
+}
+HEALED = " + healing", " + long healing"
+
+
+def readable(name: str) -> str:
+    """A method, a text or a task as people read it: "ReplaceMe, cosine" for "replaceme_cosine"; other names as they are."""
+    healed = next((ending for ending in HEALED if name.endswith(ending)), "")
+    plain = name.removesuffix(healed)
+    if plain in METHODS:
+        return METHODS[plain].title.removeprefix("our ") + healed
+    return NAMES.get(name, name)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from .looks import INK, MERGING_LOOKS
+from .looks import INK, MERGING_LOOKS, readable
 from .style import draw_lines, legend_above, log_ticks, panels, parts_by
 
 DENSE = "dense"
@@ -35,7 +35,9 @@ def merging(rows: pd.DataFrame) -> plt.Figure:
                 axes.set_visible(False)
                 continue
             _draw_scores(axes, part, dense)
-            axes.set_title(f"{task}\n{_tuning(part) if tuned else 'not tuned'}", fontsize=8)  # two lines: a panel is narrow
+            axes.set_title(
+                f"{readable(task)}\n{_tuning(part) if tuned else 'not tuned'}", fontsize=8
+            )  # two lines: a panel is narrow
         lowest = [axes for axes in column if axes.get_visible()][-1]
         lowest.set_xlabel("share of MLPs saved")
         lowest.tick_params(labelbottom=True)

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .looks import BLUE, FAMILY_LOOKS, OBJECTIVE_LOOKS, SELECTION_LOOKS, SKY, TEXT_LOOKS, VERMILION
+from .looks import BLUE, FAMILY_LOOKS, OBJECTIVE_LOOKS, SELECTION_LOOKS, SKY, TEXT_LOOKS, VERMILION, readable
 from .style import draw_lines, error_bars, legend_above, log_ticks, note, panels, percent
 
 WIDTH = 7.2  # inches, of figures with a column a block
@@ -204,7 +204,7 @@ def selections(rows: pd.DataFrame) -> plt.Figure:
                 look = SELECTION_LOOKS[row["selection"]] | {"linestyle": "", "markersize": 5} | style
                 value, low, high = row[column], row[f"{column}_low"], row[f"{column}_high"]
                 error_bars(below, value, at, low, high, across=True, **look)
-        below.set_yticks(range(len(measured)), measured["selection"])
+        below.set_yticks(range(len(measured)), measured["selection"].map(readable))
         below.set_xlabel(f"KL of the model at {percent(round(measured['share_of_block'].iloc[0], 3))} (nats)")
     lower[0].invert_yaxis()
     log_ticks(upper[0].yaxis)
@@ -228,10 +228,10 @@ def calibration_curves(rows: pd.DataFrame) -> plt.Figure:
             for source, line in part[part["tested_on"] == text].groupby("fitted_on", sort=False):
                 held, train = (line[line["split"] == s].sort_values("tokens") for s in ("heldout", "train"))
                 axes.plot(train["tokens"], train["median"], color=looks[source]["color"], **THIN | {"linewidth": 0.7})
-                axes.plot(held["tokens"], held["median"], label=f"fitted on {source}", **looks[source])
+                axes.plot(held["tokens"], held["median"], label=f"fitted on {readable(source)}", **looks[source])
             axes.set(xscale="log", yscale="log")
             log_ticks(axes.yaxis, subs=(1, 1.5, 2, 3, 4, 6))
-        row[0].set_ylabel(f"tested on {text}\nmedian error per token")
+        row[0].set_ylabel(f"tested on {readable(text)}\nmedian error per token")
     ticks = sorted(rows["tokens"].unique())
     for above, below, title in zip(grid[0], grid[-1], blocks, strict=True):
         above.set_title(title)

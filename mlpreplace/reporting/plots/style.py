@@ -15,7 +15,7 @@ import seaborn as sns
 
 from ...runtime.files import ROOT, strict_json, write_atomically
 from ..record import Run
-from .looks import Look
+from .looks import Look, readable
 
 STYLE = Path(__file__).with_name("thesis.mplstyle")
 AVERAGE = "average"  # of the tasks
@@ -62,8 +62,8 @@ def _measured_on(run: Run) -> str:
     for name, text in run.facts.get("texts", {}).items():
         of_text = splits.setdefault((text["text"], text["sequence_length"], text.get("bos")), [])
         of_text.append(f"{name.split('_')[0]} {text['windows']}")
-    texts = [f"{text}: {', '.join(names)} × {_tokens(length, bos)}" for (text, length, bos), names in splits.items()]
-    left_out = [f"left out: {', '.join(names)}"] if (names := run.facts.get("left_out")) else []
+    texts = [f"{readable(text)}: {', '.join(names)} × {_tokens(length, bos)}" for (text, length, bos), names in splits.items()]
+    left_out = [f"left out: {', '.join(map(readable, names))}"] if (names := run.facts.get("left_out")) else []
     return "  ·  ".join([run.facts.get("model", {}).get("id", ""), *texts, *left_out])
 
 
@@ -90,7 +90,7 @@ def draw_lines(axes: plt.Axes, rows: pd.DataFrame, columns: Sequence[str], looks
     """A line for each value of the first of ``columns``; the others are x, y and, if known, both ends of the interval of y."""
     by, x, y, *interval = columns
     for name, line in parts_by(rows, by).items():
-        line, look = line.sort_values(x), looks[name] | {"label": name} | style
+        line, look = line.sort_values(x), looks[name] | {"label": readable(name)} | style
         if interval:
             error_bars(axes, line[x], line[y], *(line[end] for end in interval), **look)
         else:
@@ -148,7 +148,7 @@ def kept_maps(rows: pd.DataFrame, down: str, label: Callable[[Any], str], inches
         table = part.pivot(index=down, columns="layer", values="kept")
         sns.heatmap(table, ax=axes, cmap="Blues", vmin=0, vmax=1, linewidths=0.5, cbar=False)
         axes.set_yticks([i + 0.5 for i in range(len(table))], [label(value) for value in table.index], rotation=0)
-        axes.set(title=method, xlabel="", ylabel="")
+        axes.set(title=readable(method), xlabel="", ylabel="")
         axes.tick_params(length=0)
     drawn[-1][0].set_xlabel("layer")
     bar = {"label": "parameters kept", "format": mpl.ticker.PercentFormatter(1), "fraction": 0.03, "pad": 0.01}

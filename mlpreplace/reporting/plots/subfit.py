@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .looks import INK, KIND_LOOKS, METHOD_LOOKS
+from .looks import INK, KIND_LOOKS, METHOD_LOOKS, readable
 from .style import AVERAGE, WIDEST, draw_lines, error_bars, kept_maps, legend_above, log_ticks
 
 KIND_NAMES = {"attention": "attention", "mlp": "MLP"}
@@ -68,7 +68,7 @@ def speed_by_method(rows: pd.DataFrame) -> plt.Figure:
     grid[2].xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     for axes in grid:
         axes.axvline(1, color=INK, linewidth=1)
-    grid[0].set_yticks(y, rows["method"])
+    grid[0].set_yticks(y, rows["method"].map(readable))
     legend_above(figure, 1)
     return figure
 
@@ -88,7 +88,7 @@ def tasks_by_method(rows: pd.DataFrame) -> plt.Figure:
     single = rows[(rows["task"] != AVERAGE) & rows["accuracy_retained"].notna()]
     for (task, part), marker in zip(single.groupby("task", sort=False), SINGLE_TASKS, strict=False):
         look = {"linestyle": "", "marker": marker, "color": "0.45", "markersize": 6, "markeredgewidth": 1}
-        axes.plot(part["accuracy_retained"].clip(*WIDEST), y[part["method"]], label=task.removeprefix("bundled/"), **look)
+        axes.plot(part["accuracy_retained"].clip(*WIDEST), y[part["method"]], label=readable(task), **look)
     mean = rows[rows["task"] == AVERAGE]
     x, places = mean["accuracy_retained"], y[mean["method"]]
     axes.errorbar(x, places, xerr=mean["accuracy_retained_se"], linestyle="", capsize=2, elinewidth=1, color="0.3")
@@ -96,7 +96,7 @@ def tasks_by_method(rows: pd.DataFrame) -> plt.Figure:
     axes.axvline(1, color=INK, linewidth=1)
     axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (1, 2)))
     axes.set(xlabel="accuracy above chance ÷ dense (large: average of the tasks)")
-    axes.set_yticks(y, methods)
+    axes.set_yticks(y, map(readable, methods))
     axes.set_ylim(-0.6, len(methods) - 0.4)
     axes.grid(axis="y", linewidth=0.4, color="0.9")
     legend_above(figure, 4)
