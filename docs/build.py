@@ -150,7 +150,7 @@ def notebook_body(notebook: Notebook, claims: dict[str, str]) -> str:
     content.metadata.pop("widgets", None)  # which would need scripts
     for cell in content.cells:
         if cell.cell_type == "code":
-            saved = re.search(r'save_figure\(\s*\w+,\s*"(\w+)"', cell.source)
+            saved = re.search(r'\b(?:save_figure|show)\([^"]*"(\d\d_\w+)"', cell.source)
             cell.metadata["alt"] = claims.get(saved.group(1), "") if saved else "Output of the cell above."
     exporter = HTMLExporter(
         template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True
@@ -176,10 +176,14 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
     figures = read_figures(root, notebooks)
     texts = {
         "README.md": ("index.html", "mlpreplace"),
+        "docs/results.md": ("results.html", "All results"),
         "docs/guide.md": ("guide.html", "Guide"),
+        "docs/models.md": ("models.html", "Models"),
+        "docs/licences.md": ("licences.html", "Assets and licences"),
         "docs/adding_a_method.md": ("adding_a_method.html", "Adding a method"),
     }
     pages = {source: page for source, (page, _) in texts.items()} | {f"notebooks/{n.name}.ipynb": n.page for n in notebooks}
+    pages |= {f"docs/assets/{path.name}": f"assets/{path.name}" for path in (HERE / "assets").iterdir()}
     pages |= {f"figures/{figure.name}.png": f"gallery.html#{figure.name}" for figure in figures}
     environment = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # methods stand in the order of their figure

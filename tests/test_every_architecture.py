@@ -1,4 +1,4 @@
-"""Every family in the README's table: the same properties, of a tiny random model of each."""
+"""Every family in the table of docs/models.md: the same properties, of a tiny random model of each."""
 
 import copy
 from functools import cache
@@ -32,7 +32,7 @@ from mlpreplace.replacements.families import Replacement
 from mlpreplace.replacements.splice import replacements_of, sparsity_of
 from mlpreplace.replacements.whole_layers import Tuned
 
-FAMILIES = {  # as the README calls them: the tiny models that stand for them here
+FAMILIES = {  # as that table calls them: the tiny models that stand for them here
     "Llama": ["llama"],
     "Mistral": ["mistral"],
     "Qwen 2, 3": ["qwen2", "qwen3"],
@@ -58,7 +58,7 @@ KINDS = ("mlp", "attention")
 
 
 def able(column: str) -> list[str]:
-    """The tiny models of which the README says that ``column`` works."""
+    """The tiny models of which the table says that ``column`` works."""
     return [name for name in MODELS if name not in REFUSED.get(column, ())]
 
 
@@ -80,10 +80,10 @@ def small_plan(name: str) -> dict:
     return plan | {b: fit(b, stats, LowRank(4)) for b in attentions if name in able("SubFit-style")}
 
 
-def test_the_readme_says_what_is_tested():
+def test_the_table_says_what_is_tested():
     assert sorted(name for names in FAMILIES.values() for name in names) == sorted(MODELS)
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    head, _, *rows = readme[readme.index("| family | capture |") :].partition("\n\n")[0].splitlines()
+    table = (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text()
+    head, _, *rows = table[table.index("| family | capture |") :].partition("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
     expected = [[family, *("yes" if set(names) <= set(able(c)) else "–" for c in COLUMNS)] for family, names in FAMILIES.items()]
     assert cells == [["family", *COLUMNS], *expected]

@@ -27,6 +27,7 @@ PROVENANCE = {"notebook", "code_cells_sha256", "git", "parameters", "model", "de
 
 CONTEXT = 256  # windows, and what is decoded behind them
 EXPERTS = "NarrowMLP and NarrowPlusLinear"
+SMALL = 'MODEL = "small"'  # a study trains its own model
 ANY_MODEL = {  # name of a tiny model: its sizes; {notebook: what is left out}; figures that are not drawn
     "gpt2": (dict(n_positions=CONTEXT, n_layer=6, n_inner=128), {}, set()),
     "gemma2": (
@@ -38,7 +39,7 @@ ANY_MODEL = {  # name of a tiny model: its sizes; {notebook: what is left out}; 
         dict(max_position_embeddings=CONTEXT, num_hidden_layers=6, intermediate_size=64),
         {
             "01_parameter_share": {EXPERTS},
-            "02_single_block": {EXPERTS, "the choice of neurons (02_selection)"},
+            "02_single_block": {EXPERTS, "the choice of neurons (02_selection)", "a NarrowMLP by hand"},
             "03_layer_sensitivity": {EXPERTS},
             "04_full_replacement": {EXPERTS, "nested"},
             "05_subfit": {EXPERTS, "replaceme", "svd_llm"},
@@ -129,11 +130,14 @@ def test_smoke(path, tmp_path, capsys, forked_kernels):
     """make smoke, one notebook: the real model at its smallest size (a study: a tiny one), figures in a folder of their own."""
     committed = {p: p.read_bytes() for p in (ROOT / "figures").iterdir()}
     copies, arguments = ROOT / "executed" / "smoke", ["--profile", "smoke", "--only", path.stem]
-    if path in STUDIES:  # which take minutes on the real model, and 16 GB of memory
+    of_language = path in STUDIES and SMALL not in code_cells(path)[0].source
+    if of_language:  # studies take minutes on the real model, and 16 GB of memory
         model = build("llama", num_hidden_layers=6, vocab_size=BYTES, max_position_embeddings=CONTEXT)
         folder = save_locally(model, tmp_path / "tiny-llama", byte_tokenizer())
         arguments += ["--studies", "-p", "MODEL", folder]
         copies = ROOT / run.copies_folder("smoke", folder)
+    elif path in STUDIES:
+        arguments += ["--studies"]
     for left in drawn_by(path, copies / "figures"):  # by an earlier version of the notebook
         left.unlink()
     assert run.main(arguments) == 0, capsys.readouterr().err
@@ -143,7 +147,7 @@ def test_smoke(path, tmp_path, capsys, forked_kernels):
     for figure in drawn:
         assert check_figure(figure)["provenance"]["parameters"]["PROFILE"] == "smoke"
     assert {p: p.read_bytes() for p in (ROOT / "figures").iterdir()} == committed, "smoke must not touch figures/"
-    if path in STUDIES:  # the next run's model is another folder
+    if of_language:  # the next run's model is another folder
         shutil.rmtree(copies)
 
 

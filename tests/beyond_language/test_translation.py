@@ -1,15 +1,15 @@
-"""Numbers in words of two languages, the translator that reads them, and BLEU."""
+"""Numbers in words of several languages, the translator that reads them, and BLEU."""
 
 import pytest
 import torch
 
 from mlpreplace import find_blocks
 from mlpreplace.beyond_language.translation import (
+    LANGUAGES,
     SPLITS,
     bleu,
     encoded,
-    english,
-    german,
+    in_words,
     load_pairs,
     number_tokenizer,
     small_marian,
@@ -19,27 +19,23 @@ from mlpreplace.methods.sliding import drop_mlps
 
 
 @pytest.mark.parametrize(
-    ("n", "source", "target"),
+    ("n", "language", "words"),
     [
-        (0, "zero", "null"),
-        (1, "one", "eins"),
-        (16, "sixteen", "sechzehn"),
-        (21, "twenty one", "ein und zwanzig"),
-        (70, "seventy", "siebzig"),
-        (101, "one hundred and one", "ein hundert eins"),
-        (342_005, "three hundred and forty two thousand and five", "drei hundert zwei und vierzig tausend fünf"),
-        (101_001, "one hundred and one thousand and one", "ein hundert ein tausend eins"),
-        (999_999, "nine hundred and ninety nine thousand nine hundred and ninety nine",
-         "neun hundert neun und neunzig tausend neun hundert neun und neunzig"),
+        (342_005, "english", "three hundred and forty two thousand and five"),
+        (97, "french", "quatre vingt dix sept"),
+        (21_000, "russian", "двадцать одна тысяча"),  # feminine, and singular after a one
+        (2_000, "polish", "dwa tysiące"),
+        (5_000, "polish", "pięć tysięcy"),  # another case
     ],
-)  # fmt: skip
-def test_numbers_in_words(n, source, target):
-    assert (english(n), german(n)) == (source, target)
+)
+def test_numbers_in_words(n, language, words):
+    assert in_words(n, language) == words
 
 
-def test_no_two_numbers_are_said_alike():
-    some = [*range(3000), *range(100_000, 103_000)]
-    assert len({english(n) for n in some}) == len({german(n) for n in some}) == len(some)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_two_numbers_are_said_alike(language):
+    some = [*range(1100), *range(100_000, 100_200)]
+    assert len({in_words(n, language) for n in some}) == len(some)
 
 
 def test_pairs_are_split_without_overlap():
@@ -65,13 +61,15 @@ def test_pairs_of_the_hub_are_read_in_the_direction_asked_for(monkeypatch):
 
 
 def test_every_word_has_a_token_and_sentences_end():
-    tokenizer = number_tokenizer()
-    batch = encoded([(english(n), german(n)) for n in (7, 342_005)], tokenizer)
-    assert tokenizer.unk_token_id not in batch["input_ids"]
+    tokenizer, pairs = number_tokenizer(), load_pairs("numbers", "train", 400)
+    batch = encoded(pairs, tokenizer)
+    assert tokenizer.unk_token_id not in batch["input_ids"] and tokenizer.unk_token_id not in batch["labels"]
     assert batch["input_ids"].shape == batch["attention_mask"].shape
-    assert tokenizer.decode(batch["labels"][1], skip_special_tokens=True) == german(342_005)
-    assert batch["labels"][0].tolist()[1:] == [tokenizer.eos_token_id] + [-100] * (batch["labels"].shape[1] - 2)
-    assert batch["attention_mask"].sum(1).tolist() == [2, len(english(342_005).split()) + 1]
+    assert {source.split()[0] for source, _ in pairs} == set(LANGUAGES)
+    for (source, target), mask, labels in zip(pairs, batch["attention_mask"], batch["labels"], strict=True):
+        *words, end = labels[labels != -100].tolist()
+        assert tokenizer.decode(words) == target and end == tokenizer.eos_token_id
+        assert mask.sum() == len(source.split()) + 1
 
 
 def test_bleu_of_translations(monkeypatch):
