@@ -3,8 +3,8 @@
     python docs/build.py                 site/, its front page is site/index.html
     python docs/build.py --output PATH   somewhere else
 
-Every notebook is a page (nbconvert), beside the README in front, the guide, how to add a method, a gallery of every figure with
-its claim, and the explorer. They need no server and no network: styles and scripts are files beside them, and a link within the
+Every notebook is a page (nbconvert), beside a front page, the README, all results, the guide, how to add a method, a gallery of
+every figure with its claim, the paper, and the explorer. They need no server and no network: styles and scripts are files beside them, and a link within the
 repository that leads nowhere is an error. A page runs the scripts of the explorer and no others: what notebooks hold is shown
 without scripts and frames, and a policy in each page forbids what would be left of them.
 """
@@ -36,6 +36,11 @@ from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(ROOT / "paper"))
+from typeset import compile_paper  # noqa: E402
+
+HERO = "04_pareto"  # the figure of the front page and of previews
+DESCRIPTION = "Replace the MLP blocks of a transformer by smaller fitted modules, and see what it costs: every method measured the same way."
 MARKER = ".mlpreplace-site"  # a folder with this file in it may be replaced
 
 
@@ -50,6 +55,7 @@ class Notebook:
     path: Path
     name: str
     title: str
+    answer: str  # the bold paragraph below the title
 
     @property
     def page(self) -> str:
@@ -90,8 +96,9 @@ def read_notebooks(root: Path) -> list[Notebook]:
     folder = root / "notebooks"
     found = []
     for path in [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *sorted((folder / "studies").glob("[0-9][0-9]_*.ipynb"))]:
-        first = nbformat.read(path, as_version=4).cells[0].source
-        found.append(Notebook(path, str(path.relative_to(folder).with_suffix("")), first.partition("\n")[0].lstrip("# ")))
+        title, _, rest = nbformat.read(path, as_version=4).cells[0].source.partition("\n")
+        answer = rest.strip().partition("\n\n")[0].replace("**", "")
+        found.append(Notebook(path, str(path.relative_to(folder).with_suffix("")), title.lstrip("# "), answer))
     return found
 
 
@@ -175,7 +182,7 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
     notebooks = read_notebooks(root)
     figures = read_figures(root, notebooks)
     texts = {
-        "README.md": ("index.html", "mlpreplace"),
+        "README.md": ("readme.html", "mlpreplace"),
         "docs/results.md": ("results.html", "All results"),
         "docs/guide.md": ("guide.html", "Guide"),
         "docs/models.md": ("models.html", "Models"),
@@ -195,7 +202,8 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
 
         def write(page: str, template: str, **values) -> None:
             up = posixpath.relpath(".", posixpath.dirname(page) or ".")
-            html = environment.get_template(template).render(up=up, page=page, policy=POLICY, notebooks=notebooks, **values)
+            common = {"description": DESCRIPTION, "preview": HERO, "policy": POLICY, "notebooks": notebooks}
+            html = environment.get_template(template).render(up=up, page=page, **common, **values)
             (site / page).parent.mkdir(parents=True, exist_ok=True)
             (site / page).write_text(html, encoding="utf-8")
             written.append(page)
@@ -208,6 +216,13 @@ def build(output: Path, root: Path = ROOT) -> list[str]:
             source = f"notebooks/{notebook.name}.ipynb"
             body = relink(notebook_body(notebook, claims), source, notebook.page, pages)
             write(notebook.page, "text.html.j2", title=notebook.title, body=body, before=before, after=after)
+        of_notebook = {figure.notebook: figure for figure in reversed(figures) if "/" not in figure.notebook.name}
+        by_name = {figure.name: figure for figure in figures}
+        cards = [(notebook, by_name[HERO] if notebook == by_name[HERO].notebook else f) for notebook, f in of_notebook.items()]
+        cards.sort(key=lambda card: card[0].name)
+        write("index.html", "front.html.j2", title="mlpreplace", hero=by_name[HERO], cards=cards)
+        if (root / "paper" / "main.typ").exists():
+            (site / "paper.pdf").write_bytes(compile_paper(root))
         write("gallery.html", "gallery.html.j2", title="Figures", figures=figures)
         write("explorer.html", "explorer.html.j2", title="Explorer", data=explorer_data(root / "figures"))
         for figure in figures:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mlpreplace.reporting.plots import MERGING_LOOKS, METHOD_LOOKS
+from mlpreplace.reporting.plots import MERGING_LOOKS, METHOD_LOOKS, readable
 
 LOOKS = MERGING_LOOKS | METHOD_LOOKS
 GROUPS = {  # heading of the methods of a group: figures of their plans, later ones add what earlier ones do not have
-    "All methods (05)": ("05_perplexity_vs_sparsity",),
+    "All methods (05)": ("05_perplexity_vs_sparsity", "05_healing", "05_tasks"),
     "Allocations (04)": ("04_pareto", "04_accuracy"),
     "Shared weights (06)": ("06_language",),
 }
@@ -56,7 +56,7 @@ def measured_rows(folder: Path) -> list[dict]:
 
 
 def explorer_data(folder: Path) -> dict:
-    """Everything that the page draws from: rows, plans, metrics, and the methods of each group with their colours."""
+    """Everything that the page draws from: rows, plans, metrics, the methods of each group with their colours, and names to read."""
     rows = measured_rows(folder)
     methods = {group: {r["method"]: None for r in rows if r["group"] == group and r["method"] != "dense"} for group in GROUPS}
     return {
@@ -64,4 +64,5 @@ def explorer_data(folder: Path) -> dict:
         "plans": plan_rows(folder),
         "metrics": METRICS,
         "methods": {group: {method: colour(method) for method in names} for group, names in methods.items()},
+        "names": {name: readable(name) for row in rows for name in (row["method"], row["on"])},
     }

@@ -18,7 +18,7 @@ from playwright.sync_api import Error, expect
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "notebooks").rglob("[0-9][0-9]_*.ipynb"))
-TEXTS = ["index.html", "guide.html", "adding_a_method.html"]
+TEXTS = ["readme.html", "results.html", "guide.html", "models.html", "licences.html", "adding_a_method.html"]
 PAGES = [*TEXTS, "gallery.html", "explorer.html", *(str(p.with_suffix(".html")) for p in NOTEBOOKS)]
 FIGURES = sorted(p.stem for p in (ROOT / "figures").glob("*.json"))
 
@@ -91,7 +91,7 @@ def test_the_gallery_shows_every_figure_with_its_claim_and_its_notebook(site):
 
 def test_a_link_that_leads_nowhere_is_refused():
     with pytest.raises(build_site.Refused, match="README.md links to 'paper/lost.pdf'"):
-        build_site.relink('<a href="paper/lost.pdf">it</a>', "README.md", "index.html", {"README.md": "index.html"})
+        build_site.relink('<a href="paper/lost.pdf">it</a>', "README.md", "readme.html", {"README.md": "readme.html"})
 
 
 def test_links_of_a_study_are_relative_to_its_own_page():

@@ -40,7 +40,7 @@ HOSTILE = (  # each tells the page, were it to run
     '<template><script>window.ran = 1</script></template><plaintext onclick="window.ran=1">',
 )
 WRITTEN = [html for html in HOSTILE if "gone.png" not in html]  # a link that leads nowhere is refused
-SHOWING = ("index.html", "guide.html", "gallery.html", "explorer.html", "notebooks/01_parameter_share.html")
+SHOWING = ("readme.html", "guide.html", "gallery.html", "explorer.html", "notebooks/01_parameter_share.html")
 OWN = {"assets/vega.js", "assets/explorer.js", "data"}  # scripts
 RUNNING = "script, style, iframe, object, embed, svg, math, form, button, meta, base, link, video, audio, template"
 

@@ -1,11 +1,12 @@
 // The form says which rows are drawn, Vega-Lite draws them; every number is one of the rows in #data.
 (() => {
-  const { rows, plans, metrics, methods } = JSON.parse(document.getElementById("data").textContent);
+  const { rows, plans, metrics, methods, names } = JSON.parse(document.getElementById("data").textContent);
   const element = (id) => document.getElementById(id);
   const EMBED = { renderer: "svg", actions: false, ast: true, tooltip: { theme: "custom" } }; // ast: no code is made of text
   const CONFIG = { background: null, view: { stroke: null }, font: "system-ui, sans-serif", axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" } };
   const SHAPES = Object.fromEntries(Object.keys(methods).map((group, i) => [group, ["circle", "square", "triangle-up"][i]]));
   const KINDS = { mlp: "#0072B2", attention: "#E69F00" };
+  const CEILING = 10; // of perplexity ratios at first: beyond it a model is broken
   const HIDDEN = new Set(["group", "on", "method", "label", "domain", "task", "score", "measure", "tuned", "note"]);
 
   const finite = (value) => typeof value === "number" && Number.isFinite(value);
@@ -35,7 +36,7 @@
         const label = make("label", "");
         const swatch = make("span", { circle: "●", square: "■", "triangle-up": "▲" }[SHAPES[group]], { className: "swatch" });
         swatch.style.color = colour;
-        label.append(box, swatch, ` ${method}`);
+        label.append(box, swatch, ` ${names[method]}`);
         set.append(label);
         return box;
       });
@@ -63,14 +64,16 @@
       group: row.group,
       method: row.method,
       colour: methods[row.group][row.method],
-      title: `${row.method}: ${short(row[metric])}`,
+      title: `${names[row.method]}: ${short(row[metric])}`,
+      name: names[row.method],
       x: row.sparsity_achieved ?? row.sparsity,
       y: row[metric],
       low: interval ? row[interval[0]] : error ? row[metric] - row[error] : row[metric],
       high: interval ? row[interval[1]] : error ? row[metric] + row[error] : row[metric],
     }));
     const dense = here.find((row) => row.method === "dense");
-    return { points, dense: dense ? [{ y: dense[metric] }] : [], metric };
+    const all = metric !== "perplexity_ratio" || element("all").checked;
+    return { points: points.filter((p) => all || p.y <= CEILING), dense: dense ? [{ y: dense[metric] }] : [], metric };
   }
 
   let drawn = Promise.resolve();
@@ -78,6 +81,8 @@
 
   function redraw() {
     const { points, dense, metric } = chosenRows();
+    remember();
+    table(points, metric);
     if (!points.length) {
       element("chart").replaceChildren(make("p", "Nothing to draw: no method is chosen that was measured so."));
       return undefined;
@@ -87,10 +92,12 @@
     const y = { field: "y", type: "quantitative", title, scale: { type: scale, nice: false, padding: 12, ...(scale === "log" ? {} : { zero: false }) }, axis: { tickCount: 6, gridOpacity: 0.6, format: "~g" } };
     const colour = { field: "colour", type: "nominal", scale: null };
     const form = Object.entries(SHAPES);
+    const last = Object.values(Object.groupBy(points, (p) => p.series)).map((line) => line.reduce((a, b) => (b.x > a.x ? b : a)));
     const layer = [
       ...dense.map((value) => ({ name: "dense", data: { values: [value] }, mark: { type: "rule", tooltip: "the dense model", strokeDash: [4, 3], color: "#888" }, encoding: { y } })),
       { mark: { type: "rule", opacity: 0.6 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color: colour } },
       { mark: { type: "line", strokeWidth: 1.8 }, encoding: { x, y, color: colour, detail: { field: "series" } } },
+      { data: { values: last }, mark: { type: "text", align: "left", dx: 8, fontSize: 11 }, encoding: { x, y, color: colour, text: { field: "name", type: "nominal" } } },
       {
         name: "points",
         mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" },
@@ -105,6 +112,43 @@
     });
   }
 
+  // What is drawn, as a table; a click on a head sorts by it.
+  let order = { column: "y", down: false };
+  function table(points, metric) {
+    const columns = { name: "method", x: "removed", y: metrics[metric].title };
+    const sorted = points.toSorted((a, b) => (a[order.column] < b[order.column] ? -1 : 1) * (order.down ? -1 : 1));
+    const head = make("tr", "");
+    Object.entries(columns).forEach(([column, title]) => {
+      const sort = () => { order = { column, down: order.column === column && !order.down }; table(points, metric); };
+      const cell = make("th", "", { ariaSort: order.column === column ? (order.down ? "descending" : "ascending") : "none" });
+      cell.append(make("button", title, { type: "button", onclick: sort }));
+      head.append(cell);
+    });
+    const lines = sorted.map((p) => {
+      const line = make("tr", "", { onclick: () => details(p.row) });
+      line.append(make("td", p.name), make("td", percent(p.x)), make("td", short(p.y)));
+      return line;
+    });
+    element("table").replaceChildren(head, ...lines);
+  }
+
+  // The choice is in the address, so that it can be shared.
+  function remember() {
+    const chosen = boxes.filter((box) => box.checked).map((box) => boxes.indexOf(box)).join(".");
+    const state = new URLSearchParams({ on: element("on").value, metric: element("metric").value, methods: chosen, all: +element("all").checked });
+    history.replaceState(null, "", `#${state}`);
+  }
+  function recall() {
+    const state = new URLSearchParams(location.hash.slice(1));
+    if (!state.has("on")) return;
+    element("on").value = state.get("on");
+    metricsOfText();
+    element("metric").value = state.get("metric");
+    element("all").checked = state.get("all") === "1";
+    const chosen = new Set(state.get("methods").split(".").map(Number));
+    boxes.forEach((box, i) => { box.checked = chosen.has(i); });
+  }
+
   function details(row) {
     const facts = make("dl", "");
     Object.entries(row).filter(([key, value]) => !HIDDEN.has(key) && value !== null && value !== "").forEach(([key, value]) => {
@@ -115,7 +159,7 @@
       facts.append(pair);
     });
     const removed = row.sparsity_achieved ?? row.sparsity;
-    element("point").replaceChildren(make("h2", `${row.method}, ${percent(removed)} removed, on ${row.on}`), facts);
+    element("point").replaceChildren(make("h2", `${names[row.method]}, ${percent(removed)} removed, on ${names[row.on]}`), facts);
     const plan = plans.filter((p) => p.group === row.group && p.method === row.method && p.sparsity === row.sparsity);
     element("plan").replaceChildren();
     if (!plan.length) return;
@@ -136,13 +180,15 @@
     vegaEmbed("#plan", spec, EMBED);
   }
 
-  options(element("on"), [...new Set(rows.map((row) => row.on))], (name) => name);
+  options(element("on"), [...new Set(rows.map((row) => row.on))], (name) => names[name]);
   metricsOfText();
   methodBoxes();
+  recall();
   element("on").addEventListener("change", metricsOfText);
   element("choice").addEventListener("change", draw);
   draw().then(() => {
-    const first = plans.map((p) => rows.find((r) => r.group === p.group && r.method === p.method && r.sparsity === p.sparsity)).find(Boolean);
+    const known = plans.map((p) => rows.find((r) => r.group === p.group && r.method === p.method && r.sparsity === p.sparsity)).filter(Boolean);
+    const first = known.toSorted((a, b) => a.perplexity_ratio - b.perplexity_ratio)[0]; // the best of those whose plan is known
     if (first) details(first);
   });
 })();
