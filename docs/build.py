@@ -4,9 +4,9 @@
     python docs/build.py --output PATH   somewhere else
 
 Every notebook is a page (nbconvert), beside a front page, the README, all results, the guide, how to add a method, a gallery of
-every figure with its claim, the paper, and the explorer. They need no server and no network: styles and scripts are files beside them, and a link within the
-repository that leads nowhere is an error. A page runs the scripts of the explorer and no others: what notebooks hold is shown
-without scripts and frames, and a policy in each page forbids what would be left of them.
+every figure with its claim, the paper, and the explorer. They need no server and no network: styles and scripts are files beside
+them, and a link within the repository that leads nowhere is an error. A page runs the scripts of the explorer and no others: what
+notebooks hold is shown without scripts and frames, and a policy in each page forbids what would be left of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT / "paper"))
 from typeset import compile_paper  # noqa: E402
 
 HERO = "04_pareto"  # the figure of the front page and of previews
-DESCRIPTION = "Replace the MLP blocks of a transformer by smaller fitted modules, and see what it costs: every method measured the same way."
+DESCRIPTION = "Smaller fitted modules in the place of a transformer's MLP blocks: every method measured the same way."
 MARKER = ".mlpreplace-site"  # a folder with this file in it may be replaced
 
 

@@ -56,7 +56,7 @@ def measured_rows(folder: Path) -> list[dict]:
 
 
 def explorer_data(folder: Path) -> dict:
-    """Everything that the page draws from: rows, plans, metrics, the methods of each group with their colours, and names to read."""
+    """Everything that the page draws from: rows, plans, metrics, the methods of each group with their colours, names."""
     rows = measured_rows(folder)
     methods = {group: {r["method"]: None for r in rows if r["group"] == group and r["method"] != "dense"} for group in GROUPS}
     return {

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted(p.relative_to(ROOT) for p in (ROOT / "notebooks").rglob("[0-9][0-9]_*.ipynb"))
 TEXTS = ["readme.html", "results.html", "guide.html", "models.html", "licences.html", "adding_a_method.html"]
-PAGES = [*TEXTS, "gallery.html", "explorer.html", *(str(p.with_suffix(".html")) for p in NOTEBOOKS)]
+PAGES = ["index.html", *TEXTS, "gallery.html", "explorer.html", *(str(p.with_suffix(".html")) for p in NOTEBOOKS)]
 FIGURES = sorted(p.stem for p in (ROOT / "figures").glob("*.json"))
 
 sys.path.insert(0, str(DOCS))
