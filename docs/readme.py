@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mlpreplace import METHODS
 from mlpreplace.methods import methods_table
+from mlpreplace.reporting.plots import readable
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -120,9 +121,9 @@ def rendered(template: str) -> str:
         loader=FileSystemLoader(HERE / "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     known = [figure, rows, row, times, percent, both, interval, others, forms, mean, single]
-    known += [drawn_by, notebooks, title, minutes, memory_gb, methods_table]
+    known += [drawn_by, notebooks, title, minutes, memory_gb, methods_table, readable]
     environment.globals |= {f.__name__: f for f in known} | {"removes": {m.name: m.removes for m in METHODS.values()}}
-    environment.filters["share"] = lambda x: percent(x, 1)
+    environment.filters |= {"share": lambda x: percent(x, 1), "readable": readable}
     return environment.get_template(template).render().rstrip("\n") + "\n"
 
 
