@@ -6,6 +6,8 @@
   const CONFIG = { background: null, view: { stroke: null }, font: "system-ui, sans-serif", axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" } };
   const SHAPES = Object.fromEntries(Object.keys(methods).map((group, i) => [group, ["circle", "square", "triangle-up"][i]]));
   const KINDS = { mlp: "#0072B2", attention: "#E69F00" };
+  const SHOWN = 7; // methods that are chosen at first: more lines cannot be told apart
+  const WIDE = 700; // pixels from which on lines have labels
   const CEILING = 10; // of perplexity ratios at first: beyond it a model is broken
   const HIDDEN = new Set(["group", "on", "method", "label", "domain", "task", "score", "measure", "tuned", "note"]);
 
@@ -26,12 +28,21 @@
     options(element("metric"), Object.keys(metrics).filter((m) => here.some((row) => drawable(row, m))), (m) => metrics[m].title);
   }
 
+  // The methods of a group that cost least where the middle plan of the first one stands.
+  function leading(group) {
+    const mine = rows.filter((row) => row.group === group && row.on === rows[0].on && finite(row.perplexity_ratio) && row.method !== "dense");
+    const sizes = [...new Set(mine.map((row) => row.sparsity))].sort();
+    const middle = mine.filter((row) => row.sparsity === 0.25 || sizes.length < 2);
+    return middle.toSorted((a, b) => a.perplexity_ratio - b.perplexity_ratio).slice(0, SHOWN).map((row) => row.method);
+  }
+
   const boxes = [];
   function methodBoxes() {
     Object.entries(methods).forEach(([group, colours], i) => {
       const set = make("details", "", { open: i === 0 });
+      const first = i === 0 ? leading(group) : [];
       const mine = Object.entries(colours).map(([method, colour]) => {
-        const box = make("input", "", { type: "checkbox", checked: i === 0 });
+        const box = make("input", "", { type: "checkbox", checked: first.includes(method) });
         Object.assign(box.dataset, { group, method });
         const label = make("label", "");
         const swatch = make("span", { circle: "●", square: "■", "triangle-up": "▲" }[SHAPES[group]], { className: "swatch" });
@@ -76,6 +87,19 @@
     return { points: points.filter((p) => all || p.y <= CEILING), dense: dense ? [{ y: dense[metric] }] : [], metric };
   }
 
+  // The last point of each line, moved apart where labels would cover each other.
+  function labelled(points, scale) {
+    const up = scale === "log" ? Math.log : (v) => v, down = scale === "log" ? Math.exp : (v) => v;
+    const ends = points.map((p) => up(p.y)), apart = (Math.max(...ends) - Math.min(...ends)) / 22;
+    const last = Object.values(Object.groupBy(points, (p) => p.series)).map((line) => line.reduce((a, b) => (b.x > a.x ? b : a)));
+    const placed = [];
+    last.toSorted((a, b) => a.y - b.y).forEach((p) => {
+      const below = placed.filter((q) => Math.abs(q.x - p.x) < 0.05).map((q) => up(q.y) + apart);
+      placed.push({ ...p, y: down(Math.max(up(p.y), ...below)) });
+    });
+    return placed;
+  }
+
   let drawn = Promise.resolve();
   const draw = () => { drawn = drawn.then(redraw); return drawn; }; // one after the other: the last choice is what stays
 
@@ -88,16 +112,16 @@
       return undefined;
     }
     const { title, scale } = metrics[metric];
-    const x = { field: "x", type: "quantitative", title: "share of attention and MLP parameters removed", axis: { format: "%", tickCount: 6, grid: false }, scale: { nice: false, padding: 12, zero: false } };
+    const labels = window.innerWidth < WIDE ? [] : labelled(points, scale);
+    const x = { field: "x", type: "quantitative", title: "share of attention and MLP parameters removed", axis: { format: "%", tickCount: 6, grid: false }, scale: { nice: false, padding: 12, zero: false, ...(labels.length ? { domainMax: Math.max(...points.map((p) => p.x)) + 0.045 } : {}) } };
     const y = { field: "y", type: "quantitative", title, scale: { type: scale, nice: false, padding: 12, ...(scale === "log" ? {} : { zero: false }) }, axis: { tickCount: 6, gridOpacity: 0.6, format: "~g" } };
     const colour = { field: "colour", type: "nominal", scale: null };
     const form = Object.entries(SHAPES);
-    const last = Object.values(Object.groupBy(points, (p) => p.series)).map((line) => line.reduce((a, b) => (b.x > a.x ? b : a)));
     const layer = [
       ...dense.map((value) => ({ name: "dense", data: { values: [value] }, mark: { type: "rule", tooltip: "the dense model", strokeDash: [4, 3], color: "#888" }, encoding: { y } })),
       { mark: { type: "rule", opacity: 0.6 }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" }, color: colour } },
       { mark: { type: "line", strokeWidth: 1.8 }, encoding: { x, y, color: colour, detail: { field: "series" } } },
-      { data: { values: last }, mark: { type: "text", align: "left", dx: 8, fontSize: 11 }, encoding: { x, y, color: colour, text: { field: "name", type: "nominal" } } },
+      { data: { values: labels }, mark: { type: "text", align: "left", dx: 8, fontSize: 11 }, encoding: { x, y, color: colour, text: { field: "name", type: "nominal" } } },
       {
         name: "points",
         mark: { type: "point", filled: true, size: 90, opacity: 1, cursor: "pointer" },
@@ -187,7 +211,8 @@
   element("on").addEventListener("change", metricsOfText);
   element("choice").addEventListener("change", draw);
   draw().then(() => {
-    const known = plans.map((p) => rows.find((r) => r.group === p.group && r.method === p.method && r.sparsity === p.sparsity)).filter(Boolean);
+    const [group] = Object.keys(methods);
+    const known = plans.filter((p) => p.group === group).map((p) => rows.find((r) => r.group === p.group && r.method === p.method && r.sparsity === p.sparsity)).filter(Boolean);
     const first = known.toSorted((a, b) => a.perplexity_ratio - b.perplexity_ratio)[0]; // the best of those whose plan is known
     if (first) details(first);
   });
