@@ -13,7 +13,7 @@ Look = dict[str, str]  # keywords of Axes.plot
 BLUE, SKY, GREEN, ORANGE, VERMILION, PINK = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 FOREST, TEAL, INDIGO, VIOLET, PURPLE, WINE, BROWN = "#117733", "#44AA99", "#332288", "#7B6FD0", "#AA4499", "#882255", "#661100"
 OLIVE, ROSE, SAND, SLATE, CLAY = "#999933", "#CC6677", "#DDCC77", "#55607A", "#B3704D"
-BLACK, GREY = "#000000", "#999999"
+BLACK, GREY, DIM = "#000000", "#999999", "#666666"
 INK = "0.2"  # of the dense model
 
 
@@ -49,13 +49,12 @@ SELECTION_LOOKS = {
     "obs": _look(FOREST, "P", "--"),
     "fisher": _look(VERMILION, "s", "--"),
     "fisher_energy": _look(PINK, "^", "-"),
-    "random": _look(GREY, "X", ":"),
+    "random": _look(DIM, "X", ":"),
 }
 OBJECTIVE_LOOKS = {"mse": _look(BLUE, "o"), "cosine": _look(ORANGE, "D"), "both": _look(FOREST, "P")}
 KIND_LOOKS = {"attention": _look(VERMILION, "s", "--"), "MLP": _look(BLUE, "o", "-")}
 ALLOCATION_LOOKS = {  # notebook 04
     "uniform": _look(SKY, "v", "--"),
-    "ends protected": _look(GREY, "X", ":"),
     "greedy": _look(ORANGE, "D", "-."),
     "nested": _look(GREEN, "P", "--"),
     "knapsack": _look(PINK, "^", ":"),
@@ -67,13 +66,13 @@ METHOD_LOOKS = ALLOCATION_LOOKS | {  # notebook 05: the methods of mlpreplace.me
     "uniform_refit": _look(BROWN, "p", "--"),
     "subfit": _look(PINK, "^", "--"),
     "subfit_shared": _look(CLAY, "3", "-"),
-    "shortgpt": _look(GREY, "X", ":"),
+    "shortgpt": _look(ORANGE, "X", ":"),
     "shortgpt_linear": _look(FOREST, "P", "-."),
     "uidl": _look(BLACK, "*", ":"),
     "uidl_linear": _look(WINE, ">", "-."),
     "replaceme": _look(GREEN, "D", "-."),
     "replaceme_cosine": _look(TEAL, "<", "-."),
-    "streamline_layer": _look(VIOLET, "h", "--"),
+    "streamline_layer": _look(PURPLE, "h", "--"),
     "streamline_mlp": _look(INDIGO, "d", "--"),
     "flap": _look(OLIVE, "1", ":"),
     "flap_refit": _look(ROSE, "2", "--"),
