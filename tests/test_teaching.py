@@ -38,7 +38,7 @@ def typed_numbers(markdown: str, allowed: set[float]) -> list[str]:
     """Numbers in a text that stand for themselves: not part of a word, a formula, code, a link or a list, and not allowed."""
     found = re.findall(r"[^\s\[\](){}*_~,;:]*\d[^\s\[\](){}*_~;:]*", PLAIN.sub(" ", markdown))
     found = [word.strip(".,%×") for word in found if not re.search(r"[A-Za-z]", word)]
-    return [word for word in found if not re.fullmatch(r"[\d.]+", word) or float(word) not in allowed]
+    return [word for word in found if not re.fullmatch(r"[\d.,]+", word) or float(word.replace(",", "")) not in allowed]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
