@@ -43,8 +43,8 @@ def test_a_number_that_is_typed_into_a_page_is_found(monkeypatch, tmp_path):
     assert readme.main(["--check"]) == 1 and (tmp_path / "README.md").read_text() == "×1.25\n"
 
 
-# Settings, versions, memory of tests and bounds of checks, in the guide and the page of models; the table of an 8B model is tested
-# by test_estimates.py. Any other number there would be a result, which belongs to a figure.
+# Settings, versions, memory of tests and bounds of checks, in the guide and the page of models. The table of an 8B model is
+# tested by test_estimates.py. Any other number there would be a result, which belongs to a figure.
 KNOWN = {2.0, 3.0, 4.0, 5.23, 6.0, 7.5, 8.0, 15.0, 16.0, 20.0, 1.5, 2.94, 3.05, 32.0, 48.0, 200.0, 238.0, 560.0, 1000.0, 1024.0}
 KNOWN |= {50_000.0, 65_536.0}
 
