@@ -60,6 +60,7 @@ def sensitivity_of_models(rows: pd.DataFrame, concentration: pd.DataFrame) -> pl
         lower.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
         upper.set(yscale="log", title=model)
         lower.set_xlabel("layer")
+        lower.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     grid[0, 0].set_ylabel("KL to the dense model\n(nats per token)")
     grid[1, 0].set_ylabel("output energy owned by\nthe top 1 % of tokens")
     legend_above(figure, 4)
