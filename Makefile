@@ -59,7 +59,7 @@ FORCE:
 figures/%.png: FORCE setup  # one figure, by the notebook or study that draws it, with that notebook's others
 	$(RUN) --figure $(call quoted,$*)
 
-studies: setup  ## the measurements that take longer than a notebook may: texts, ingredients, all methods
+studies: setup $(if $(value ONLY),$(if $(findstring second_model,$(value ONLY)),gemma),gemma)  ## the measurements that take longer than a notebook may: texts, ingredients, all methods, a second model
 	$(RUN) --studies
 
 smoke: PROFILE = smoke

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from drawing import closed, labels, pairs, points, titles  # noqa: F401
 
-from mlpreplace.reporting.plots import additivity, damage_prediction, sensitivity
+from mlpreplace.reporting.plots import additivity, damage_prediction, sensitivity, sensitivity_of_models
 
 
 def test_sensitivity_has_a_panel_a_family_and_a_line_a_size():
@@ -35,3 +35,18 @@ def test_pairs_are_drawn_as_a_ratio_and_sets_against_their_sum():
     left, right, *_ = additivity(pairs, sets).axes
     assert {t.get_text() for t in left.texts} == {"2.00", "1.00", "0.50"}
     assert {(0.1, 0.1), (0.3, 0.5), (0.2, 0.2)} <= points(right)
+
+
+def test_models_stand_beside_each_other_with_a_line_a_size():
+    rows = pd.DataFrame(
+        {"model": m, "layer": layer, "family": "NarrowMLP", "share_of_block": s, "kl": 0.1 * (layer + 1) * s}
+        for m, layers in (("one", 3), ("other", 5))
+        for layer in range(layers)
+        for s in (0.25, 0.75)
+    )
+    owned = rows[rows["share_of_block"] == 0.25].assign(top_share=lambda r: r["layer"] / 10)
+    figure = sensitivity_of_models(rows, owned)
+    assert labels(figure.legends[0].get_texts()) == ["NarrowMLP 25%", "NarrowMLP 75%"]
+    for axes, bars, (_, part) in zip(figure.axes[:2], figure.axes[2:], rows.groupby("model"), strict=True):
+        assert points(axes) == pairs(part["layer"], part["kl"])
+        assert [bar.get_height() for bar in bars.patches] == [n / 10 for n in range(part["layer"].max() + 1)]

@@ -6,7 +6,7 @@ from .ingredients import ablation, calibration_texts, ingredients
 from .looks import FAMILY_LOOKS, MERGING_LOOKS, METHOD_LOOKS, readable
 from .merging import matching, merging, similarity_maps, start_of_window
 from .parameter_share import parameter_share
-from .sensitivity import additivity, damage_prediction, sensitivity
+from .sensitivity import additivity, damage_prediction, sensitivity, sensitivity_of_models
 from .single_block import (
     calibration_curves,
     error_vs_parameters,

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from .looks import FAMILY_LOOKS
-from .style import log_ticks, note, panels, parts_by
+from .looks import FAMILY_LOOKS, SKY
+from .style import legend_above, log_ticks, note, panels, parts_by
 
 ESTIMATES = {  # column, title and axis of each way to predict the damage of one replacement
     "local_error": ("error ÷ the block's own output", "Σ‖g(x) − y‖² / Σ‖y‖², validation tokens"),
@@ -37,6 +37,33 @@ def sensitivity(rows: pd.DataFrame) -> plt.Figure:
         if part["label"].nunique() > 1:
             axes.legend(loc="upper right", fontsize=7, handlelength=2.2, borderaxespad=0.1)
     drawn[0][0].set_ylabel("KL to the dense model\n(nats per token)")
+    return figure
+
+
+def sensitivity_of_models(rows: pd.DataFrame, concentration: pd.DataFrame) -> plt.Figure:
+    """A column a model: the damage of single replacements by layer, and below it who owns the output of each block.
+
+    Args:
+        rows: model, layer, family, share_of_block, kl.
+        concentration: model, layer, top_share (of output energy, top 1 % of tokens).
+    """
+    models = parts_by(rows, "model")
+    figure, grid = plt.subplots(2, len(models), figsize=(6.8, 4.3), sharex="col", sharey="row", squeeze=False)
+    for (upper, lower), (model, part) in zip(grid.T, models.items(), strict=True):
+        for family, lines in parts_by(part, "family").items():
+            shares = lines.groupby(lines["share_of_block"].round(3))
+            for (share, line), style in zip(shares, cycle(("--", "-")), strict=False):
+                look = FAMILY_LOOKS[family] | {"markersize": 3, "linestyle": style, "label": f"{family} {share:.0%}"}
+                upper.plot(line["layer"], line["kl"], **look)
+        owned = concentration[concentration["model"] == model]
+        lower.bar(owned["layer"], owned["top_share"], color=SKY, edgecolor="0.3", linewidth=0.4)
+        lower.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
+        upper.set(yscale="log", title=model)
+        lower.set_xlabel("layer")
+        lower.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    grid[0, 0].set_ylabel("KL to the dense model\n(nats per token)")
+    grid[1, 0].set_ylabel("output energy owned by\nthe top 1 % of tokens")
+    legend_above(figure, 4)
     return figure
 
 
