@@ -60,5 +60,5 @@ def conclusions(statements: Mapping[str, Callable[[], bool]]) -> Text:
 def _checked(statement: str, holds: Callable[[], bool]) -> str:
     try:
         return statement if holds() else f"Not here: ~~{statement}~~"
-    except (LookupError, ValueError):  # of a method, a size or a layer that another run does not have
+    except (LookupError, TypeError, ValueError):  # of a method, a size or a layer that another run does not have
         return f"Not measured here: {statement}"
