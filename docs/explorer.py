@@ -9,7 +9,7 @@ from mlpreplace.reporting.plots import MERGING_LOOKS, METHOD_LOOKS
 
 LOOKS = MERGING_LOOKS | METHOD_LOOKS
 GROUPS = {  # heading of the methods of a group: figures of their plans, later ones add what earlier ones do not have
-    "All methods (05)": ("05_perplexity_vs_sparsity",),
+    "All methods (05)": ("05_perplexity_vs_sparsity", "05_healing", "05_tasks"),
     "Allocations (04)": ("04_pareto", "04_accuracy"),
     "Shared weights (06)": ("06_language",),
 }

@@ -127,8 +127,11 @@ def phrases() -> list[str]:
     healed, long = (row("04_healing", method=f"recipe + {m}", sparsity=MIDDLE, domain=WIKI) for m in ("healing", "long healing"))
     fast = sorted((r for r in rows("04_speed") if r["method"] != "dense"), key=lambda r: r["sparsity_achieved"])
     gained = [percent((r["prefill_speedup"] - 1) / (r["prefill_ideal"] - 1)) for r in fast]
-    kept = [row("04_accuracy", method="recipe + healing", sparsity=s, task="average") for s in SPARSITIES]
-    doubt = sorted(r["accuracy_retained_se"] for r in kept)
+    kept = {r["method"]: r for r in rows("05_tasks", task="average") if r["method"] != "dense"}
+    both_of = {
+        m: [percent(kept[name]["accuracy_retained"]) for name in (m, f"{m} + healing")] for m in ("recipe", "replaceme", "subfit")
+    }
+    doubt = sorted(r["accuracy_retained_se"] for r in kept.values())
     achieved = {
         m: row("05_perplexity_vs_sparsity", method=m, sparsity=MIDDLE, domain=WIKI)["sparsity_achieved"]
         for m in ("replaceme", "shortgpt_linear")
@@ -149,7 +152,8 @@ def phrases() -> list[str]:
         f"distilled for {healed['healing_steps']} steps ({healed['healing_tokens']:,} tokens that no fit saw)",
         f"*long healing*: for {long['healing_steps']} ({long['healing_tokens']:,})",
         "by {}, {} and {} of the gain that the FLOPs promise".format(*gained),
-        "keeps {}, {} and {} at these".format(*(percent(r["accuracy_retained"]) for r in kept)),
+        "at {}, the recipe keeps {} and healed {}".format(share(MIDDLE), *both_of["recipe"]),
+        "ReplaceMe {} and {}, SubFit-style {} and {}".format(*both_of["replaceme"], *both_of["subfit"]),
         f"each ± {100 * doubt[0]:.0f} to {percent(doubt[-1])}",
         f"(at {share(MIDDLE)} that is {share(achieved['replaceme'])}, with ShortGPT's linear maps "
         f"{share(achieved['shortgpt_linear'])})",
