@@ -31,7 +31,7 @@ def test_parameters_are_those_that_papermill_finds(path):
         (["--figure", "04_pareto", "--only", "02"], "leave --only out"),
         (["-p", "SEEED", "1"], "unknown parameters ['SEEED']"),
         (["--only", "02", "-p", "TESTED", "3"], "TESTED belongs to 03_layer_sensitivity, not to 02_single_block"),
-        (["-p", "TASK_ITEMS", "3"], "TASK_ITEMS belongs to studies/04_healing"),
+        (["-p", "TASK_ITEMS", "3"], "TASK_ITEMS belongs to studies/04_healing, studies/05_healing"),
         (["--figure", "03_additivity", "-p", "SPARSITY", ".5"], "SPARSITY belongs to 05_subfit"),
         (["-p", "SEED", "1", "-p", "SEED", "2"], "each name once"),
         (["-p", "PROFILE", "cpu"], "follows from --profile"),

@@ -23,3 +23,11 @@ def test_a_row_of_panels_a_unit_and_a_column_a_domain():
             assert pairs(there["sparsity_achieved"], there["perplexity_ratio"]) <= points(axes)
             others = rows[(rows["domain"] == domain) & ~rows["method"].isin([*members, "recipe"])]
             assert not pairs(others["sparsity_achieved"], others["perplexity_ratio"]) & points(axes)
+
+
+def test_the_legend_names_what_is_in_any_domain():
+    rows = measured(UNITS, (0.125, 0.25))
+    rows["unit"] = rows["method"].map(UNITS)
+    rows = rows[(rows["method"] != "uidl") | (rows["domain"] == DOMAINS[-1])]
+    legend = comparison(rows, "recipe").axes[len(DOMAINS)].get_legend()
+    assert "UIDL" in [text.get_text() for text in legend.get_texts()]

@@ -33,8 +33,8 @@ def comparison(rows: pd.DataFrame, reference: str) -> plt.Figure:
             axes.set(yscale="log", ylim=(0.95, min(1.05 * rows["ci_high"].max(), CEILING)))
             log_ticks(axes.yaxis, "×{x:g}", (1, 1.5, 2, 3, 5, 7))
         line[0].set_ylabel(f"{unit} removed\nperplexity ÷ dense")
-        handles, names = line[0].get_legend_handles_labels()
-        line[-1].legend(handles, names, loc="center left", borderaxespad=0)
+        entries = {name: entry for axes in line for entry, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+        line[-1].legend(entries.values(), entries.keys(), loc="center left", borderaxespad=0)
         line[-1].set_axis_off()
     for axes, last, domain in zip(grid[0], grid[-1], domains, strict=False):
         axes.set_title(readable(domain))
